@@ -1,0 +1,7 @@
+"""DMVAE: private-shared disentangled multimodal VAE, the reproducible companion to Lee & Pavlovic's paper."""
+
+from dmvae_lib.distributions import DiagonalGaussian, product_of_experts
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.models import DMVAE, Modality, matching_loss
+
+__all__ = ["DMVAE", "DMVAEError", "DiagonalGaussian", "Modality", "matching_loss", "product_of_experts"]

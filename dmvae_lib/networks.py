@@ -1,0 +1,67 @@
+"""The paper's encoders, decoders and evaluation classifiers; nothing trainable lives elsewhere.
+
+Every encoder returns (B, 2 * private_dim + 2 * shared_dim) statistics, every decoder takes [private, shared].
+`width` scales the hidden layers: 1 is the paper's network (authors' release), the `quick` profile uses less.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def statistics_dim(private_dim: int, shared_dim: int) -> int:
+    """Mean and log-variance of the private part, then of the shared part."""
+    return 2 * (private_dim + shared_dim)
+
+
+def initialise(network: nn.Module) -> nn.Module:
+    """Kaiming-uniform weights for linear and convolutional layers, zero biases (authors' release)."""
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return network
+
+
+def mnist_encoder(private_dim: int, shared_dim: int, hidden: int = 256) -> nn.Module:
+    """(B, 1, 28, 28) -> 784 -> 256 ReLU -> statistics."""
+    layers = [nn.Flatten(), nn.Linear(784, hidden), nn.ReLU()]
+    return initialise(nn.Sequential(*layers, nn.Linear(hidden, statistics_dim(private_dim, shared_dim))))
+
+
+def mnist_decoder(private_dim: int, shared_dim: int, hidden: int = 256) -> nn.Module:
+    """[private, shared] -> 256 ReLU -> 784 logits, (B, 1, 28, 28)."""
+    layers = [nn.Linear(private_dim + shared_dim, hidden), nn.ReLU(), nn.Linear(hidden, 784)]
+    return initialise(nn.Sequential(*layers, nn.Unflatten(1, (1, 28, 28))))
+
+
+def svhn_encoder(private_dim: int, shared_dim: int, width: float = 1.0) -> nn.Module:
+    """(B, 3, 32, 32) -> four bias-free convolutions 32-64-128-256 (kernel 4, stride 2) -> 512 -> statistics."""
+    channels = [3, *(round(width * c) for c in (32, 64, 128, 256))]
+    layers: list[nn.Module] = []
+    for i, o in zip(channels, channels[1:]):
+        layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.ReLU()]
+    hidden = round(width * 512)
+    layers += [nn.Flatten(), nn.Linear(4 * channels[-1], hidden), nn.ReLU(), nn.Dropout(0.1)]
+    return initialise(nn.Sequential(*layers, nn.Linear(hidden, statistics_dim(private_dim, shared_dim))))
+
+
+def svhn_decoder(private_dim: int, shared_dim: int, width: float = 1.0) -> nn.Module:
+    """[private, shared] -> 1024 ReLU -> (256, 2, 2) -> four bias-free transposed convolutions 128-64-32-3 logits."""
+    channels = [*(round(width * c) for c in (256, 128, 64, 32)), 3]
+    layers: list[nn.Module] = [nn.Linear(private_dim + shared_dim, 4 * channels[0]), nn.ReLU()]
+    layers += [nn.Unflatten(1, (channels[0], 2, 2))]
+    for i, o in zip(channels, channels[1:]):
+        layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.ReLU()]
+    return initialise(nn.Sequential(*layers[:-1]))
+
+
+def digit_classifier(channels: int, size: int) -> nn.Module:
+    """MMVAE's evaluation classifier for (B, channels, size, size) images in [0, 1] -> (B, 10) logits."""
+    side = ((size - 4) // 2 - 4) // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, 10, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(20 * side * side, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 10),
+    )  # fmt: skip
