@@ -1,0 +1,80 @@
+"""Profiles: the same experiments and notebooks on different data and budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dmvae_lib.errors import DMVAEError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between a fresh laptop and the paper's setting; everything else is the same code.
+
+    digits: source of the digit data (`load_digits`); width: hidden layers of the digit networks relative to the
+    paper's; steps, batch_size: updates of every digit model; particles: MMVAE's K; particle_steps, particle_batch:
+    MMVAE's own budget; classifier_steps: updates of the evaluation classifiers; writes_results: whether artefacts go
+    to results/<profile>/.
+    """
+
+    name: str
+    digits: str
+    width: float
+    steps: int
+    batch_size: int
+    particles: int
+    particle_steps: int
+    particle_batch: int
+    classifier_steps: int
+    permutations: int = 30
+    writes_results: bool = True
+
+
+QUICK = Profile(
+    name="quick",
+    digits="embedded",
+    width=0.5,
+    steps=1_000,
+    batch_size=100,
+    particles=10,
+    particle_steps=400,
+    particle_batch=64,
+    classifier_steps=1_500,
+)
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        replace(QUICK, name="smoke", steps=4, particle_steps=2, classifier_steps=20, permutations=2, writes_results=False),
+        QUICK,
+        Profile(
+            name="subset",
+            digits="subset",
+            width=1.0,
+            steps=6_000,
+            batch_size=100,
+            particles=10,
+            particle_steps=2_000,
+            particle_batch=64,
+            classifier_steps=4_000,
+        ),
+        Profile(
+            name="paper",
+            digits="full",
+            width=1.0,
+            steps=168_000,
+            batch_size=100,
+            particles=30,
+            particle_steps=393_750,
+            particle_batch=128,
+            classifier_steps=10_000,
+        ),
+    )
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name. Raises DMVAEError for any other."""
+    if name not in PROFILES:
+        raise DMVAEError(f"unknown profile {name!r}; expected one of {', '.join(PROFILES)} (quick needs no download).")
+    return PROFILES[name]
