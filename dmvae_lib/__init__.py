@@ -2,6 +2,17 @@
 
 from dmvae_lib.distributions import DiagonalGaussian, product_of_experts
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.models import DMVAE, Modality, matching_loss
+from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, matching_loss
 
-__all__ = ["DMVAE", "DMVAEError", "DiagonalGaussian", "Modality", "matching_loss", "product_of_experts"]
+__all__ = [
+    "DMVAE",
+    "JMVAE",
+    "MMVAE",
+    "MVAE",
+    "TELBO",
+    "DMVAEError",
+    "DiagonalGaussian",
+    "Modality",
+    "matching_loss",
+    "product_of_experts",
+]

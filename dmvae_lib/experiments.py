@@ -235,7 +235,7 @@ def classifier(name: str, setting: Setting) -> tuple[nn.Module, float]:
 
     Trained on all real training images (MMVAE's protocol); trained once, then loaded.
     """
-    train_items, test_items = setting.digits.train.only(name), setting.digits.test.only(name)
+    train_items, test_items = (_alone(split, name) for split in (setting.digits.train, setting.digits.test))
     channels, size = train_items.items[name].shape[1:3]
     plan = Schedule(setting.profile.classifier_steps, 128)
     made = train_or_load(
@@ -246,6 +246,12 @@ def classifier(name: str, setting: Setting) -> tuple[nn.Module, float]:
     test_items = test_items.to(device)
     predicted = torch.cat([predict(made.model, test_items.batch(rows)[name]) for rows in _chunks(len(test_items), device)])
     return made.model, cross_coherence(predicted, test_items.labels)
+
+
+def _alone(data: PairedData, name: str) -> PairedData:
+    """The items of one modality, each once."""
+    items, labels = data.items[name], data.item_labels[name]
+    return PairedData({name: items}, {name: labels}, {name: torch.arange(len(items))})
 
 
 def _classify(model: nn.Module, batch: dict[str, Tensor], labels: Tensor, beta: float) -> Terms:

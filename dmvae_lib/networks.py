@@ -6,7 +6,10 @@ Every encoder returns (B, 2 * private_dim + 2 * shared_dim) statistics, every de
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 
 def statistics_dim(private_dim: int, shared_dim: int) -> int:
@@ -65,3 +68,20 @@ def digit_classifier(channels: int, size: int) -> nn.Module:
         nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(), nn.Linear(20 * side * side, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 10),
     )  # fmt: skip
+
+
+class JointEncoder(nn.Module):
+    """JMVAE's and TELBO's joint network, {name: (B, ...)} of all modalities -> (B, 2 * shared_dim) statistics.
+
+    features[name]: (B, ...) -> (B, f), any encoder; their outputs, `features_dim` in all, are concatenated and go
+    through ReLU and one hidden layer.
+    """
+
+    def __init__(self, features: Mapping[str, nn.Module], features_dim: int, shared_dim: int, hidden: int = 512):
+        super().__init__()
+        self.features = nn.ModuleDict(features)
+        layers = [nn.ReLU(), nn.Linear(features_dim, hidden), nn.ReLU()]
+        self.head = initialise(nn.Sequential(*layers, nn.Linear(hidden, statistics_dim(0, shared_dim))))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.head(torch.cat([features(batch[name]) for name, features in self.features.items()], -1))

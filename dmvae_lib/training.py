@@ -155,8 +155,8 @@ def _save(path: Path, step: int, rows: list, model: nn.Module, optimiser, device
         "cpu_generator": torch.get_rng_state(),
         "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:  # a handle: torch hides a full disk's errno
+        torch.save(state, file)
 
 
 def _restore(path: Path, model: nn.Module, optimiser, device: torch.device) -> tuple[int, list]:

@@ -136,8 +136,7 @@ class MultimodalVAE(nn.Module):
 
     def decode(self, name: str, private: Tensor, shared: Tensor) -> Tensor:
         """Likelihood parameters (..., *x.shape[1:]) from codes (..., p) and (..., s); leading axes broadcast."""
-        if name not in self.names:
-            raise DMVAEError(f"unknown modality {name!r}; this model has {', '.join(self.names)}.")
+        self._known(name)
         leading = torch.broadcast_shapes(private.shape[:-1], shared.shape[:-1])
         code = torch.cat([private.expand(*leading, -1), shared.expand(*leading, -1)], -1)
         return self.decoders[name](code.reshape(-1, code.shape[-1])).unflatten(0, leading)
@@ -161,6 +160,7 @@ class MultimodalVAE(nn.Module):
 
     def private_prior(self, name: str, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """(*shape, p) private codes from N(0, I)."""
+        self._known(name)
         return DiagonalGaussian.standard(*shape, self.private_dims[name], like=self._like()).rsample(generator)
 
     def cross_generate(
@@ -175,6 +175,7 @@ class MultimodalVAE(nn.Module):
 
         private: (n, p) codes to use instead of samples, one for each of the n syntheses (Fig. 4's rows).
         """
+        self._known(target)
         shared = self.infer(batch).joint.rsample(generator, n)
         if private is None:
             private = self.private_prior(target, *shared.shape[:-1], generator=generator)
@@ -223,9 +224,12 @@ class MultimodalVAE(nn.Module):
     def _like(self) -> Tensor:
         return next(self.parameters())
 
-    def _check(self, name: str, x: Tensor) -> None:
+    def _known(self, name: str) -> None:
         if name not in self.names:
             raise DMVAEError(f"unknown modality {name!r}; this model has {', '.join(self.names)}.")
+
+    def _check(self, name: str, x: Tensor) -> None:
+        self._known(name)
         if not x.is_floating_point():
             raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -238,3 +242,35 @@ class MultimodalVAE(nn.Module):
                 f"{name!r} holds values in [{low:g}, {high:g}]; a Bernoulli likelihood needs [0, 1]: "
                 "divide 8-bit images by 255, or choose another likelihood."
             )
+
+
+class SharedVAE(MultimodalVAE):
+    """One code z for all modalities and no private ones: what the baselines have in common."""
+
+    def __init__(self, modalities: Mapping[str, Modality], shared_dim: int):
+        super().__init__(modalities, shared_dim)
+        private = {name: dim for name, dim in self.private_dims.items() if dim}
+        if private:
+            raise DMVAEError(
+                f"{type(self).__name__} has no private codes, found private_dim {private}; set private_dim=0 and let "
+                "the encoder return (B, 2 * shared_dim) statistics, or use DMVAE."
+            )
+
+    def weighted_log_likelihood(self, name: str, z: Tensor, x: Tensor) -> Tensor:
+        """lambda_i log p(x_i | z) of codes z (..., B, s): (..., B)."""
+        return self.weights[name] * self.log_likelihood(name, self.decode(name, z[..., :0], z), x)
+
+    def elbo(self, bound: str, q: DiagonalGaussian, batch: Batch) -> dict[str, Tensor]:
+        """The terms of E_q[sum_i lambda_i log p(x_i | z)] - KL(q || p), i over `batch`, from one sample of q.
+
+        They are named "bound/log_likelihood(name)" and "bound/kl".
+        """
+        z = q.rsample()
+        log_likelihoods = {name: self.weighted_log_likelihood(name, z, x).mean() for name, x in batch.items()}
+        parts = {f"{bound}/log_likelihood({name})": value for name, value in log_likelihoods.items()}
+        return parts | {f"{bound}/kl": q.kl().mean()}
+
+    @staticmethod
+    def negative(parts: Mapping[str, Tensor], beta: float | Tensor) -> Tensor:
+        """beta * (sum of KLs) - (sum of log-likelihoods) of one or several bounds' terms."""
+        return sum(beta * value if name.endswith("/kl") else -value for name, value in parts.items())

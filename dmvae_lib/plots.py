@@ -1,0 +1,56 @@
+"""The paper's figures and the notebooks' plots. Each function returns a matplotlib figure and draws nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+plt.rcParams |= {"figure.dpi": 100, "savefig.dpi": 300, "pdf.fonttype": 42, "axes.titlesize": "medium"}
+
+
+def tile(images: Tensor, gap: int = 2) -> np.ndarray:
+    """(R, C, channels, H, W) in [0, 1] or uint8 -> one picture of R x C images, (height, width, 3), white gaps."""
+    images = images.detach().cpu()
+    images = images.float() / 255 if not images.is_floating_point() else images.float()
+    rows, columns, channels, height, width = images.shape
+    picture = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), np.float32)
+    for r in range(rows):
+        for c in range(columns):
+            top, left = r * (height + gap), c * (width + gap)
+            image = images[r, c].permute(1, 2, 0).numpy()
+            picture[top : top + height, left : left + width] = image.repeat(3, -1) if channels == 1 else image
+    return picture
+
+
+def gallery(rows: Mapping[str, Tensor], title: str = "", width: float = 7.0) -> Figure:
+    """One labelled row of images for each entry, {label: (C, channels, H, W)}."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(width, width / max(len(x) for x in rows.values()) * len(rows) + 0.3))
+    for ax, (label, images) in zip(np.atleast_1d(axes), rows.items()):
+        ax.imshow(tile(images[None]), interpolation="nearest")
+        ax.set_xticks([]), ax.set_yticks([])
+        ax.grid(False)
+        sns.despine(ax=ax, left=True, bottom=True)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+    if title:
+        np.atleast_1d(axes)[0].set_title(title)
+    figure.subplots_adjust(hspace=0.06)
+    return figure
+
+
+def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Training curves, one panel for each group of the history's columns, {title: columns}; x is the number of updates."""
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.2), squeeze=False)
+    for ax, (title, columns) in zip(axes[0], groups.items()):
+        for column, dashes in zip(columns, ["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 3))]):
+            ax.plot(history.index, history[column], linestyle=dashes, label=column.split("/")[0])
+        ax.set(title=title, xlabel="updates", ylabel="nats per pair")
+        ax.legend(fontsize="x-small", frameon=False)
+    figure.tight_layout()
+    return figure

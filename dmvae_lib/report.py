@@ -1,0 +1,171 @@
+"""Tables beside the paper's numbers, figures, and the manifest that says where each came from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dmvae_lib.experiments import Run, Setting, provenance
+from dmvae_lib.files import atomic_write, sha256
+from dmvae_lib.training import resolve_device
+
+MEASURES = {
+    "mnist->svhn": "Cross(M → S)",
+    "svhn->mnist": "Cross(S → M)",
+    "joint": "Joint",
+    "rank1": "Img2Txt (Rank-1)",
+    "ap50": "Txt2Img (AP@50)",
+}
+
+
+def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Long table of measured shares beside the paper's percentages.
+
+    values: {row: [{measure: share in [0, 1]} for every seed]}; paper: {row: {measure: percent}}, rows may be absent.
+    Columns, in percent: mean, sd (over seeds; missing with one), seeds, paper, difference (mean - paper).
+    """
+    records = []
+    for row, seeds in values.items():
+        for measure in seeds[0]:
+            percents = [100 * seed[measure] for seed in seeds]
+            mean = statistics.fmean(percents)
+            sd = statistics.stdev(percents) if len(percents) > 1 else float("nan")
+            published = paper.get(row, {}).get(measure, float("nan"))
+            records.append((row, MEASURES.get(measure, measure), mean, sd, len(seeds), published, mean - published))
+    columns = ["row", "measure", "mean", "sd", "seeds", "paper", "difference"]
+    return pd.DataFrame(records, columns=columns).set_index(["row", "measure"])
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare`'s table as people read it: a line per row, for each measure ours (mean ± sd), the paper's, the difference."""
+
+    def line(entry: pd.Series) -> pd.Series:
+        ours = f"{entry['mean']:.1f}" if pd.isna(entry["sd"]) else f"{entry['mean']:.1f} ± {entry['sd']:.1f}"
+        missing = pd.isna(entry["paper"])
+        return pd.Series(
+            {
+                "ours": ours,
+                "paper": "–" if missing else f"{entry['paper']:g}",
+                "difference": "–" if missing else f"{entry['difference']:+.1f}",
+            }
+        )
+
+    lines = table.apply(line, axis=1).unstack("measure").swaplevel(axis=1)
+    measures = table.index.get_level_values("measure").unique()
+    rows = table.index.get_level_values("row").unique()
+    order = [(measure, column) for measure in measures for column in ("ours", "paper", "difference")]
+    return lines.loc[rows, pd.MultiIndex.from_tuples(order)].rename_axis(None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Writes a notebook's artefacts to results/<profile>/, each with its entry in manifest.json.
+
+    In a profile that keeps no results (smoke) nothing is written.
+    """
+
+    setting: Setting
+    notebook: str
+
+    def table(self, name: str, table: pd.DataFrame, caption: str, runs: Iterable[Run] = ()) -> pd.DataFrame:
+        """name.csv (numbers), name.md and name.tex (readable; booktabs) of `compare`'s table; returns the readable one."""
+        shown = readable(table)
+        seeds = int(table["seeds"].min())
+        caption = f"{caption} Profile {self.setting.profile.name}, {seeds} seed{'s' * (seeds > 1)}, percent."
+        flat = shown.copy()
+        flat.columns = [f"{measure}, {column}" for measure, column in shown.columns]
+        texts = {
+            "csv": table.to_csv(float_format="%.4f"),
+            "md": f"{caption}\n\n{flat.to_markdown()}\n",
+            "tex": shown.to_latex(caption=caption, label=f"tab:{name}", column_format="l" + "rrr" * (shown.shape[1] // 3))
+            .replace("→", r"$\rightarrow$").replace("±", r"$\pm$").replace("–", "--"),
+        }  # fmt: skip
+        self._keep(name, caption, runs, {suffix: _text_writer(text) for suffix, text in texts.items()})
+        return shown
+
+    def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run] = ()) -> Figure:
+        """name.png (300 dpi) and name.pdf (vectors); returns the figure."""
+        caption = f"{caption} Profile {self.setting.profile.name}."
+        writers = {
+            "png": lambda path: figure.savefig(path, dpi=300, bbox_inches="tight"),
+            "pdf": lambda path: figure.savefig(path, bbox_inches="tight", metadata={"CreationDate": None}),
+        }
+        self._keep(name, caption, runs, writers)
+        return figure
+
+    def _keep(self, name: str, caption: str, runs: Iterable[Run], writers: Mapping) -> None:
+        if not self.setting.profile.writes_results:
+            return
+        folder, runs = self.setting.results, list(runs)
+        for suffix, write in writers.items():
+            with atomic_write(folder / f"{name}.{suffix}") as temporary:
+                write(temporary)
+        entry = {
+            "caption": caption,
+            "notebook": f"notebooks/{self.notebook}.ipynb",
+            "files": {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers},
+            "runs": [
+                {
+                    "name": made.info["config"]["name"],
+                    "seed": made.info["config"]["seed"],
+                    "configuration": made.info["hash"],
+                    "data": made.info["config"]["data"],
+                    "commit": made.info["commit"],
+                    "device": made.info["device"],
+                    "seconds": made.info["seconds"],
+                }
+                for made in runs
+            ],
+            "made": provenance(resolve_device(self.setting.device)),
+        }
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.exists() else {}
+        manifest[name] = entry
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
+        configurations = folder / "configurations.json"
+        known = json.loads(configurations.read_text()) if configurations.exists() else {}
+        known |= {made.info["hash"]: made.info["config"] for made in runs}
+        with atomic_write(configurations) as temporary:
+            temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
+def _text_writer(text: str):
+    return lambda path: path.write_text(text)
+
+
+def index(results: Path) -> str:
+    """results/README.md: every table and figure of every profile, shown, with where it came from."""
+    lines = [
+        "# Results",
+        "",
+        "Every table and figure of the paper, regenerated. One folder is one profile (its data and budget); a folder",
+        "never mixes profiles. `manifest.json` names for each artefact the notebook, runs, seeds, data and commit;",
+        "`configurations.json` holds each run's full configuration. This page is generated by `make reproduce`.",
+    ]
+    for manifest in sorted(results.glob("*/manifest.json")):
+        profile = manifest.parent.name
+        lines += ["", f"## Profile `{profile}`"]
+        for name, entry in json.loads(manifest.read_text()).items():
+            files = ", ".join(f"[{file}]({profile}/{file})" for file in entry["files"])
+            lines += ["", f"### {name}", "", entry["caption"], ""]
+            if f"{name}.png" in entry["files"]:
+                lines += [f"![{name}]({profile}/{name}.png)", ""]
+            if f"{name}.md" in entry["files"]:
+                lines += [(manifest.parent / f"{name}.md").read_text().split("\n\n", 1)[1]]
+            runs = ", ".join(f"{run['name']} seed {run['seed']} (`{run['configuration']}`)" for run in entry["runs"])
+            lines += [
+                f"Files: {files}. Made by [{Path(entry['notebook']).stem}](../{entry['notebook']})"
+                + (f" from {runs}" if runs else "")
+                + f", commit `{entry['made']['commit']}`, {entry['made']['device']}."
+            ]
+    text = "\n".join(lines) + "\n"
+    with atomic_write(results / "README.md") as temporary:
+        temporary.write_text(text)
+    return text

@@ -1,0 +1,101 @@
+"""`make reproduce`: train what the tables need, execute the notebooks, write the index of the results."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from tqdm import tqdm
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.experiments import ALL, classifier, project_folder, run_grid, setting
+from dmvae_lib.files import atomic_write
+from dmvae_lib.report import index
+
+KERNEL = "python3"
+
+
+def notebooks() -> list[Path]:
+    """The project's notebooks in order."""
+    return sorted((project_folder() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def execute(source: Path, target: Path, parameters: dict) -> None:
+    """Executes a notebook by papermill and puts the result at `target` when it is whole and free of errors."""
+    with atomic_write(target) as temporary:
+        papermill.execute_notebook(
+            source, temporary, parameters, kernel_name=KERNEL, cwd=project_folder(), progress_bar=False
+        )
+        notebook = nbformat.read(temporary, as_version=4)
+        _tidy(notebook)
+        nbformat.write(notebook, temporary)
+
+
+def _tidy(notebook: nbformat.NotebookNode) -> None:
+    """Removes what says when and where a notebook ran: timings, paths, progress bars; manifest.json has the facts."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr"
+
+
+def prepare(folder: Path) -> None:
+    """Copies of the notebooks set to profile smoke, with their committed outputs, for nbval to run and compare."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.ipynb"):
+        stale.unlink()
+    for source in notebooks():
+        target = folder / source.name
+        papermill.execute_notebook(source, target, {"profile": "smoke"}, prepare_only=True, progress_bar=False)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Trains every experiment (so that progress shows here), then executes every notebook on the trained runs."""
+    place = setting(options.profile, options.seeds, options.device, options.data)
+    for name in place.digits.train.names:
+        classifier(name, place)
+    run_grid(ALL, place)
+    parameters = {name: getattr(options, name) for name in ("profile", "seeds", "device", "data")}
+    bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
+    for source in bar:
+        bar.set_postfix_str(source.stem)
+        execute(source, place.results / "notebooks" / source.name, parameters)
+    index(place.results.parent)
+    print(f"Results are in {os.path.relpath(place.results)}; results/README.md shows them all.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick", help="smoke, quick, subset or paper")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds: 0, 1, …")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--data", default="data", help="folder of the data files")
+    parser.add_argument("--in-place", action="store_true", help="execute notebooks/ as they are committed")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
+    options = parser.parse_args()
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        if options.prepare:
+            prepare(options.prepare)
+        elif options.in_place:
+            for source in tqdm(notebooks(), desc="notebooks", unit="notebook"):
+                execute(source, source, {})
+        else:
+            reproduce(options)
+    except (DMVAEError, papermill.PapermillExecutionError) as error:
+        sys.exit(f"\n{error}")
+
+
+if __name__ == "__main__":
+    main()
