@@ -169,7 +169,7 @@ def _restore(path: Path, model: nn.Module, optimiser, device: torch.device) -> t
             torch.cuda.set_rng_state(state["cuda_generator"].cpu(), device)
     except Exception as error:  # a truncated archive, another model's weights: torch raises many kinds
         raise DMVAEError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
             "delete it to train this run anew."
         ) from error
     return state["step"], state["history"]

@@ -1,0 +1,50 @@
+# make            explains every target
+# Variables: PROFILE=quick|subset|paper  SEEDS=1  DEVICE=auto|cpu|cuda  DATA=data  PYTHON=python3
+
+PROFILE ?= quick
+SEEDS   ?= 1
+DEVICE  ?= auto
+DATA    ?= data
+PYTHON  ?= python3
+
+VENV := .venv
+BIN  := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce notebooks test lab lock clean
+
+help:  ## this list
+	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## the virtual environment .venv from requirements.lock; every target below makes it when needed
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed (make PYTHON=python3.12 ...), found ' + sys.version.split()[0])"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+reproduce: $(READY)  ## every table and figure into results/PROFILE; goes on where it was interrupted
+	$(BIN)/python -m dmvae_lib.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
+
+notebooks: $(READY)  ## execute notebooks/ in place, as they are committed (profile quick)
+	$(BIN)/python -m dmvae_lib.reproduce --in-place
+
+test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with its checked outputs compared
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m dmvae_lib.reproduce --prepare build/nbval
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
+
+lab: $(READY)  ## JupyterLab on the notebooks, on this machine only
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+lock: pyproject.toml  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
+	$(PYTHON) -m pip install --quiet uv
+	uv pip compile --universal --python-version 3.11 --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
+
+clean:  ## remove build/ and caches; runs/, data/ and results/ stay
+	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""The project's own promises: one set of versions, notebooks that can be run and are committed executed."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# Names that conda-forge spells differently, by their name on PyPI.
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked() -> dict[str, list[str]]:
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.lock").read_text(), re.M)
+    versions: dict[str, list[str]] = {}
+    for name, version in pins:
+        versions.setdefault(normal(name), []).append(version)
+    return versions
+
+
+def declared() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    return {normal(re.match(r"[\w.-]+", line)[0]): line for line in lines}
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def test_the_lock_satisfies_the_declared_ranges():
+    for name, line in declared().items():
+        least = release(line.split(">=")[1])
+        assert name in locked(), f"{name} is declared but not locked; run `make lock`"
+        assert all(release(version) >= least for version in locked()[name]), f"{name}: {locked()[name]}, {line}"
+
+
+def test_environment_yml_gives_the_locks_versions():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = dict(line.split("=") for line in environment["dependencies"] if isinstance(line, str) and "=" in line)
+    for name in declared():
+        assert conda[CONDA_NAMES.get(name, name)] in locked()[name], name
+    unknown = set(conda) - {CONDA_NAMES.get(name, name) for name in declared()} - {"python", "pip"}
+    assert not unknown, f"in environment.yml, not in pyproject.toml: {unknown}"
+
+
+def test_the_lock_names_no_place():
+    assert "http" not in (ROOT / "requirements.lock").read_text() and "@" not in (ROOT / "requirements.lock").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not re.search(r"/(home|root|Users|work|tmp)/", path.read_text()), "a path of somebody's machine"
+    assert "widget-view" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_have_one_parameters_cell_and_compare_something_with_nbval(path):
+    notebook = nbformat.read(path, as_version=4)
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    (parameters,) = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert [line.split(" = ")[0] for line in parameters.splitlines()] == ["profile", "seeds", "device", "data"]
+    assert any("nbval-check-output" in tag for tag in tags)
