@@ -130,16 +130,16 @@ def fetch(url: str, path: str | os.PathLike, sha256: str, timeout: float = 30.0,
             if attempt == attempts - 1 or isinstance(error, ValueError):
                 held = f"{part.stat().st_size:,} bytes are kept; " if part.exists() else ""
                 raise DMVAEError(
-                    f"cannot fetch {url} in {attempt + 1} attempts ({error or type(error).__name__}); {held}check URL and "
-                    "network and run again."
+                    f"cannot fetch {url} in {attempt + 1} attempts ({error or type(error).__name__}); {held}check URL "
+                    "and network and run again."
                 ) from error
     found = _digest(part, "sha256")
     if found != sha256.lower():
         size = part.stat().st_size
         part.unlink()
         raise DMVAEError(
-            f"{url} gave {size:,} bytes with SHA-256 {found}, expected {sha256}: they are damaged or another version and "
-            "have been removed. Run again, or check the URL and the digest."
+            f"{url} gave {size:,} bytes with SHA-256 {found}, expected {sha256}: they are damaged or another version "
+            "and have been removed. Run again, or check the URL and the digest."
         )
     os.replace(part, path)
     return path
@@ -160,11 +160,11 @@ def _download(url: str, part: Path, timeout: float) -> None:
         length = response.headers.get("Content-Length")
         expected = int(length) if length else None
         received = 0
-        with open(part, "ab" if resumed else "wb") as file:
-            with tqdm(total=expected, desc=part.stem, unit="B", unit_scale=True, leave=False) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    received += len(block)
-                    bar.update(len(block))
+        bar = tqdm(total=expected, desc=part.stem, unit="B", unit_scale=True, leave=False)
+        with open(part, "ab" if resumed else "wb") as file, bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                received += len(block)
+                bar.update(len(block))
         if expected is not None and received < expected:  # read() ends quietly when the connection drops
             raise ConnectionError(f"the connection ended after {received:,} of {expected:,} bytes")

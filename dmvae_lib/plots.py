@@ -54,3 +54,26 @@ def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure
         ax.legend(fontsize="x-small", frameon=False)
     figure.tight_layout()
     return figure
+
+
+MARKERS = {"mnist": "+", "svhn": "o"}  # the paper's Fig. 5
+
+
+def embedding(points: Mapping[str, np.ndarray], labels: np.ndarray, title: str = "") -> Figure:
+    """Fig. 5: 2-D points of each modality, {name: (N, 2)}, labels (N,): a marker a modality, a colour and a numeral a class."""
+    figure, ax = plt.subplots(figsize=(5.2, 5.2))
+    colours = sns.color_palette("colorblind", 10)
+    for name, xy in points.items():
+        for label in np.unique(labels):
+            chosen = xy[labels == label]
+            style = {"facecolors": "none", "edgecolors": [colours[label]]} if MARKERS[name] == "o" else {"color": colours[label]}
+            ax.scatter(*chosen.T, s=28, marker=MARKERS[name], linewidths=1.0, **style)
+    both = np.concatenate(list(points.values()))
+    for label in np.unique(labels):  # numerals at the class centres: readable without colour
+        centre = np.median(both[np.tile(labels, len(points)) == label], 0)
+        ax.text(*centre, str(label), fontsize=13, weight="bold", ha="center", va="center",
+                bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
+    handles = [plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n) for n in points]
+    ax.legend(handles=handles, loc="best", fontsize="small")
+    ax.set(xticks=[], yticks=[], title=title)
+    return figure
