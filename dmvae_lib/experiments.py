@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,15 @@ from tqdm.auto import tqdm
 from dmvae_lib import networks
 from dmvae_lib.data.digits import Digits, load_digits
 from dmvae_lib.data.pairing import PairedData
+from dmvae_lib.distributions import laplace
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write
 from dmvae_lib.metrics import cross_coherence, joint_coherence
-from dmvae_lib.models import DMVAE, Modality, MultimodalVAE, Terms
+from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, MultimodalVAE, Terms
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.training import Schedule, model_objective, resolve_device, train
 
+NAMES = ("mnist", "svhn")
 PACKAGES = ("dmvae_lib", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pandas", "matplotlib")
 
 
@@ -36,20 +38,46 @@ PACKAGES = ("dmvae_lib", "torch", "torchvision", "transformers", "numpy", "sciki
 class Experiment:
     """One row of a table: a model on the digits, its latent sizes and its objective.
 
-    private_dims, weights: for MNIST and SVHN; without: terms of Eq. 3 that are left out (`DMVAE`).
+    private_dims, weights: for MNIST and SVHN, weights of None being the profile's; without: terms of Eq. 3 that are
+    left out (DMVAE); anneal: the share of the updates over which the weight of the KLs rises to 1.
     """
 
     name: str
     model: str = "DMVAE"
     shared_dim: int = 10
     private_dims: tuple[int, int] = (1, 4)
-    weights: tuple[float, float] = (50.0, 1.0)
+    weights: tuple[float, float] | None = None
     without: tuple[str, ...] = ()
+    anneal: float = 0.0
 
 
 DMVAE_DIGITS = Experiment("dmvae")
 
-TABLE1 = {"DMVAE": DMVAE_DIGITS}
+# The baselines have one latent space of MMVAE's size and weigh MNIST by the ratio of pixels, as MMVAE does.
+BALANCED = (3072 / 784, 1.0)
+_BASELINE = Experiment("", shared_dim=20, private_dims=(0, 0), weights=BALANCED)
+
+TABLE1 = {
+    "MVAE": replace(_BASELINE, name="mvae", model="MVAE", anneal=0.5),
+    "MMVAE": replace(_BASELINE, name="mmvae", model="MMVAE"),
+    "DMVAE": DMVAE_DIGITS,
+}
+RELATED = {  # discussed in Sec. 2, without numbers in the paper
+    "JMVAE": replace(_BASELINE, name="jmvae", model="JMVAE"),
+    "JVAE (TELBO)": replace(_BASELINE, name="telbo", model="TELBO"),
+}
+TABLE3 = {
+    "full": DMVAE_DIGITS,
+    "no PoE": Experiment("dmvae-no-poe", without=("mnist<-joint", "svhn<-joint")),
+    "no crVAE M2S": Experiment("dmvae-no-m2s", without=("svhn<-mnist",)),
+    "no crVAE S2M": Experiment("dmvae-no-s2m", without=("mnist<-svhn",)),
+    "no crVAE": Experiment("dmvae-no-cross", without=("svhn<-mnist", "mnist<-svhn")),
+    "no private spaces": Experiment("dmvae-no-private", private_dims=(0, 0)),
+}
+# The authors' public release multiplies the joint reconstructions by zero and keeps their KLs.
+RELEASE = Experiment("dmvae-release", without=("mnist<-joint/log_likelihood", "svhn<-joint/log_likelihood"))
+
+DIGITS = tuple({experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values())}.values())
 
 
 # --- the setting: profile, seeds, device, places --------------------------------------------------------------------
@@ -108,26 +136,57 @@ def _digits(source: str, root: str, evaluation: str, permutations: int) -> Digit
 
 def build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
     """The experiment's model with fresh weights from torch's global generator."""
-    width, shared = profile.width, experiment.shared_dim
-    mnist, svhn = experiment.private_dims
-    hidden = round(256 * width)
-    modalities = {
-        "mnist": Modality(
-            networks.mnist_encoder(mnist, shared, hidden), networks.mnist_decoder(mnist, shared, hidden), mnist,
-            experiment.weights[0],
-        ),
-        "svhn": Modality(
-            networks.svhn_encoder(svhn, shared, width), networks.svhn_decoder(svhn, shared, width), svhn,
-            experiment.weights[1],
-        ),
-    }  # fmt: skip
-    if experiment.model == "DMVAE":
-        return DMVAE(modalities, shared, experiment.without)
-    raise DMVAEError(f"experiment {experiment.name!r}: unknown model {experiment.model!r}; expected DMVAE.")
+    weights = dict(zip(NAMES, experiment.weights or profile.weights))
+    private, shared, width = dict(zip(NAMES, experiment.private_dims)), experiment.shared_dim, profile.width
+    hidden, mmvae = round(256 * width), experiment.model == "MMVAE"
+    if mmvae:
+        hidden = round(400 * width)
+        networks_of = {
+            "mnist": (
+                networks.mnist_encoder(0, shared, hidden),
+                nn.Sequential(networks.mnist_decoder(0, shared, hidden), nn.Sigmoid()),
+            ),
+            "svhn": (networks.mmvae_svhn_encoder(shared, width), networks.mmvae_svhn_decoder(shared, width)),
+        }
+    else:
+        networks_of = {
+            "mnist": (
+                networks.mnist_encoder(private["mnist"], shared, hidden),
+                networks.mnist_decoder(private["mnist"], shared, hidden),
+            ),
+            "svhn": (
+                networks.svhn_encoder(private["svhn"], shared, width),
+                networks.svhn_decoder(private["svhn"], shared, width),
+            ),
+        }
+    likelihood = laplace(0.75) if mmvae else "bernoulli"
+    modalities = {name: Modality(*networks_of[name], private[name], weights[name], likelihood) for name in NAMES}
+    match experiment.model:
+        case "DMVAE":
+            return DMVAE(modalities, shared, experiment.without)
+        case "MVAE":
+            return MVAE(modalities, shared)
+        case "MMVAE":
+            return MMVAE(modalities, shared, profile.particles)
+        case "JMVAE" | "TELBO":
+            features = {
+                "mnist": networks.mnist_encoder(0, shared, hidden),
+                "svhn": networks.svhn_encoder(0, shared, width),
+            }
+            joint = networks.JointEncoder(features, 4 * shared, shared, round(512 * width))
+            return (JMVAE if experiment.model == "JMVAE" else TELBO)(modalities, shared, joint)
+    raise DMVAEError(
+        f"experiment {experiment.name!r}: unknown model {experiment.model!r}; "
+        "expected DMVAE, MVAE, MMVAE, JMVAE or TELBO."
+    )
 
 
 def schedule(experiment: Experiment, profile: Profile) -> Schedule:
-    return Schedule(profile.steps, profile.batch_size)
+    """The profile's budget for the experiment: MMVAE, whose updates cost K times as much, has one of its own."""
+    if experiment.model == "MMVAE":
+        return Schedule(profile.particle_steps, profile.particle_batch, profile.learning_rate)
+    anneal = round(experiment.anneal * profile.steps)
+    return Schedule(profile.steps, profile.batch_size, profile.learning_rate, anneal)
 
 
 @dataclass(frozen=True)
@@ -143,8 +202,11 @@ class Run:
 def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on."""
     data, plan = setting.digits.train, schedule(experiment, setting.profile)
-    config = {"experiment": asdict(experiment), "width": setting.profile.width}
-    return train_or_load(lambda: build(experiment, setting.profile), data, plan, seed, setting, experiment.name, config)
+    profile = setting.profile
+    config = {"experiment": asdict(experiment), "width": profile.width, "weights": experiment.weights or profile.weights}
+    if experiment.model == "MMVAE":
+        config["particles"] = profile.particles
+    return train_or_load(lambda: build(experiment, profile), data, plan, seed, setting, experiment.name, config)
 
 
 def run_grid(experiments: Sequence[Experiment], setting: Setting) -> dict[tuple[str, int], Run]:

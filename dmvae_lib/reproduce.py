@@ -13,7 +13,7 @@ import papermill
 from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import ALL, classifier, project_folder, run_grid, setting
+from dmvae_lib.experiments import DIGITS, classifier, project_folder, run_grid, setting
 from dmvae_lib.files import atomic_write
 from dmvae_lib.report import index
 
@@ -65,7 +65,7 @@ def reproduce(options: argparse.Namespace) -> None:
     place = setting(options.profile, options.seeds, options.device, options.data)
     for name in place.digits.train.names:
         classifier(name, place)
-    run_grid(ALL, place)
+    run_grid(DIGITS, place)
     parameters = {name: getattr(options, name) for name in ("profile", "seeds", "device", "data")}
     bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
     for source in bar:
