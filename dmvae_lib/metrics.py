@@ -42,17 +42,46 @@ def class_means(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return classes, (one_hot.T @ features) / one_hot.sum(0)[:, None]
 
 
+def class_similarity(image: Tensor, text: Tensor, text_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(classes (C,), cosine (M, C) of each image with each class-averaged text feature); image (M, d), text (T, d)."""
+    _same_length(text=text, text_labels=text_labels)
+    if image.dim() != 2 or text.dim() != 2 or image.shape[1] != text.shape[1]:
+        raise DMVAEError(
+            f"image features {tuple(image.shape)}, text features {tuple(text.shape)}; expected (M, d) and (T, d)."
+        )
+    for name, features in (("image", image), ("text", text)):
+        if not features.isfinite().all():
+            raise DMVAEError(f"{name} features hold values that are not finite; look at the model that made them.")
+    classes, means = class_means(text, text_labels)
+    return classes, F.normalize(image, dim=-1) @ F.normalize(means, dim=-1).T
+
+
+def recognised(similarity: Tensor, image_labels: Tensor, classes: Tensor) -> Tensor:
+    """(M,) whether the class most similar to an image, (M, C), is its own; a tie goes to the smaller class id."""
+    _same_length(similarity=similarity, image_labels=image_labels)
+    return classes[similarity.argmax(1)] == image_labels
+
+
+def precision_at_k(similarity: Tensor, image_labels: Tensor, classes: Tensor, k: int = 50) -> Tensor:
+    """(C,) the share of the k images most similar to a class, (M, C), that belong to it; a tie goes to the first image.
+
+    Raises DMVAEError if there are fewer than k images.
+    """
+    _same_length(similarity=similarity, image_labels=image_labels)
+    if not 1 <= k <= len(similarity):
+        raise DMVAEError(f"AP@k with k={k} needs at least k images; found {len(similarity)}.")
+    nearest = similarity.argsort(dim=0, descending=True, stable=True)[:k]
+    return (image_labels[nearest] == classes).double().mean(0)
+
+
 def rank1(image: Tensor, image_labels: Tensor, text: Tensor, text_labels: Tensor) -> float:
     """Image-to-text recognition (Table 2, Rank-1; Reed et al.'s protocol).
 
     The share of images (M, d) whose nearest class-averaged text feature, by cosine, has the image's class;
     text (T, d). A tie goes to the smaller class id.
     """
-    _same_length(image=image, image_labels=image_labels)
-    _same_length(text=text, text_labels=text_labels)
-    classes, means = class_means(text, text_labels)
-    similarity = F.normalize(image, dim=-1) @ F.normalize(means, dim=-1).T
-    return (classes[similarity.argmax(1)] == image_labels).double().mean().item()
+    classes, similarity = class_similarity(image, text, text_labels)
+    return recognised(similarity, image_labels, classes).double().mean().item()
 
 
 def average_precision_at_k(
@@ -63,11 +92,5 @@ def average_precision_at_k(
     For each class-averaged text feature the share of its k nearest images, by cosine, that belong to the class.
     Raises DMVAEError if there are fewer than k images.
     """
-    _same_length(image=image, image_labels=image_labels)
-    _same_length(text=text, text_labels=text_labels)
-    if not 1 <= k <= len(image):
-        raise DMVAEError(f"AP@k with k={k} needs at least k images; found {len(image)}.")
-    classes, means = class_means(text, text_labels)
-    similarity = F.normalize(means, dim=-1) @ F.normalize(image, dim=-1).T
-    nearest = similarity.topk(k, dim=1).indices
-    return (image_labels[nearest] == classes[:, None]).double().mean().item()
+    classes, similarity = class_similarity(image, text, text_labels)
+    return precision_at_k(similarity, image_labels, classes, k).mean().item()

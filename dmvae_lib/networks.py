@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dmvae_lib.errors import DMVAEError
+
 
 def statistics_dim(private_dim: int, shared_dim: int) -> int:
     """Mean and log-variance of the private part, then of the shared part."""
@@ -60,6 +62,24 @@ def svhn_decoder(private_dim: int, shared_dim: int, width: float = 1.0) -> nn.Mo
     return initialise(nn.Sequential(*layers[:-1]))
 
 
+def mmvae_svhn_encoder(latent_dim: int, width: float = 1.0) -> nn.Module:
+    """MMVAE's: (B, 3, 32, 32) -> convolutions 32-64-128 (kernel 4, stride 2) -> a 4x4 convolution -> (B, 2 latent)."""
+    channels = [3, *(round(width * c) for c in (32, 64, 128))]
+    layers: list[nn.Module] = []
+    for i, o in zip(channels, channels[1:]):
+        layers += [nn.Conv2d(i, o, 4, 2, 1), nn.ReLU()]
+    return initialise(nn.Sequential(*layers, nn.Conv2d(channels[-1], 2 * latent_dim, 4), nn.Flatten()))
+
+
+def mmvae_svhn_decoder(latent_dim: int, width: float = 1.0) -> nn.Module:
+    """MMVAE's mirror image: z -> (128, 4, 4) -> transposed convolutions 64-32-3 -> means in [0, 1]."""
+    channels = [*(round(width * c) for c in (128, 64, 32)), 3]
+    layers: list[nn.Module] = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, channels[0], 4)]
+    for i, o in zip(channels, channels[1:]):
+        layers += [nn.ReLU(), nn.ConvTranspose2d(i, o, 4, 2, 1)]
+    return initialise(nn.Sequential(*layers, nn.Sigmoid()))
+
+
 def digit_classifier(channels: int, size: int) -> nn.Module:
     """MMVAE's evaluation classifier for (B, channels, size, size) images in [0, 1] -> (B, 10) logits."""
     side = ((size - 4) // 2 - 4) // 2
@@ -68,6 +88,55 @@ def digit_classifier(channels: int, size: int) -> nn.Module:
         nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(), nn.Linear(20 * side * side, 50), nn.ReLU(), nn.Dropout(), nn.Linear(50, 10),
     )  # fmt: skip
+
+
+def feature_encoder(features_dim: int, private_dim: int = 3, shared_dim: int = 64) -> nn.Module:
+    """(B, features_dim) -> statistics, linear: the paper's encoder of images and of captions' features (Sec. 5.2)."""
+    return initialise(nn.Linear(features_dim, statistics_dim(private_dim, shared_dim)))
+
+
+def feature_decoder(features_dim: int, private_dim: int = 3, shared_dim: int = 64, hidden: int = 512) -> nn.Module:
+    """[private, shared] -> hidden ReLU -> (B, features_dim). The paper is silent on it; the hidden layer is ours."""
+    layers = [nn.Linear(private_dim + shared_dim, hidden), nn.ReLU(), nn.Linear(hidden, features_dim)]
+    return initialise(nn.Sequential(*layers))
+
+
+def trim(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Token embeddings (B, T, D), zero after each caption's last token -> (B, L, D) and its mask (B, L), L the longest.
+
+    The mask is true up to a caption's last token. Raises DMVAEError for another shape and for captions without tokens.
+    """
+    if tokens.dim() != 3:
+        raise DMVAEError(f"captions of shape {tuple(tokens.shape)}; expected token embeddings (B, T, D).")
+    present = (tokens != 0).any(-1)
+    lengths = (present * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)).amax(1)
+    shortest, longest = (int(length) for length in lengths.aminmax())
+    if shortest == 0:
+        raise DMVAEError(f"{int((lengths == 0).sum())} captions have no token: all their embeddings are zero.")
+    steps = torch.arange(longest, device=tokens.device)
+    return tokens[:, :longest], steps < lengths[:, None]
+
+
+class TextFeatures(nn.Module):
+    """Token embeddings (B, T, D) -> bidirectional LSTM -> maximum over the tokens, (B, 2 * hidden) (Sec. 5.2).
+
+    Zero rows after the last token are padding, which changes nothing.
+    """
+
+    def __init__(self, token_dim: int, hidden: int = 512):
+        super().__init__()
+        self.onwards = nn.LSTM(token_dim, hidden, batch_first=True)
+        self.backwards = nn.LSTM(token_dim, hidden, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens, mask = trim(tokens)
+        # Each caption turned round within its own length, the padding staying behind it: no packed sequences, whose
+        # LSTM is slower on a CPU. The maximum over time does not mind the order of the states.
+        steps = torch.arange(mask.shape[1], device=tokens.device)
+        turned = torch.where(mask, mask.sum(1, keepdim=True) - 1 - steps, steps)
+        reverse = tokens.gather(1, turned[..., None].expand_as(tokens))
+        states = torch.cat([self.onwards(tokens)[0], self.backwards(reverse)[0]], -1)
+        return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
 
 
 class JointEncoder(nn.Module):

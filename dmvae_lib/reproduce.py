@@ -29,7 +29,13 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
     """Executes a notebook by papermill and puts the result at `target` when it is whole and free of errors."""
     with atomic_write(target) as temporary:
         papermill.execute_notebook(
-            source, temporary, parameters, kernel_name=KERNEL, cwd=project_folder(), progress_bar=False
+            source,
+            temporary,
+            parameters,
+            kernel_name=KERNEL,
+            cwd=project_folder(),
+            progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],
         )
         notebook = nbformat.read(temporary, as_version=4)
         _tidy(notebook)
@@ -68,11 +74,16 @@ def reproduce(options: argparse.Namespace) -> None:
     run_grid(DIGITS, place)
     parameters = {name: getattr(options, name) for name in ("profile", "seeds", "device", "data")}
     bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
+    keeps = place.profile.writes_results
+    executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
     for source in bar:
         bar.set_postfix_str(source.stem)
-        execute(source, place.results / "notebooks" / source.name, parameters)
-    index(place.results.parent)
-    print(f"Results are in {os.path.relpath(place.results)}; results/README.md shows them all.")
+        execute(source, executed / source.name, parameters)
+    if keeps:
+        index(place.results.parent)
+        print(f"Results are in {os.path.relpath(place.results)}; results/README.md shows them all.")
+    else:
+        print(f"Profile {place.profile.name} keeps no results; the executed notebooks are in {os.path.relpath(executed)}.")
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def _write(labels: Tensor, generator: torch.Generator) -> Tensor:
     font = torch.randint(len(FONTS), (n, 1), generator=generator)
     digits = torch.randint(10, (n, 3), generator=generator)
     digits[:, 1] = labels
-    present = _chance(generator, (n, 3), 0.25)
+    present = _chance(generator, (n, 3), 0.2)
     present[:, 1] = 1
 
     height = _uniform(generator, n, 24, 28)  # of the figures, in pixels
@@ -162,7 +162,7 @@ def _colours(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     # Light figures on darker walls. With both polarities, private codes between the two would draw no figure at all,
     # and the mean image would be blank: a saddle that costs a small model more updates than profile quick has.
     grey = _uniform(generator, (n, 1), 0.05, 0.45)
-    contrast = _uniform(generator, (n, 1), 0.3, 0.7)
+    contrast = _uniform(generator, (n, 1), 0.4, 0.75)
     vivid = torch.tensor([[0.22], [0.05]])  # walls differ in colour more than figures do
     warmth = torch.randn(n, 2, 1, generator=generator) * torch.tensor([0.06, 0.0, -0.06])  # brown walls, blue shade
     tint = torch.randn(n, 2, 3, generator=generator) * vivid + warmth

@@ -26,6 +26,8 @@ class Modality:
     weight: lambda_i of Eq. 3.
     likelihood: "bernoulli" (the decoder returns logits), "gaussian", "laplace", a `Likelihood`, or a function
         log_prob(params, x) -> elementwise log-density, whose mean is taken to be `params` itself.
+    features: a network whose output stands for x (Sec. 5.2: the max-pooled LSTM states of a caption): the encoder
+        reads features(x), the decoder reconstructs features(x). It learns through the encoder alone.
     """
 
     encoder: nn.Module
@@ -33,6 +35,7 @@ class Modality:
     private_dim: int
     weight: float = 1.0
     likelihood: str | Likelihood | Callable[[Tensor, Tensor], Tensor] = "bernoulli"
+    features: nn.Module | None = None
 
     def __post_init__(self):
         if isinstance(self.likelihood, str):
@@ -54,12 +57,14 @@ class Posterior(NamedTuple):
     """q(z | x) for the modalities that were observed.
 
     private[name], shared[name]: each observed modality's own posteriors; joint: the shared posterior given all
-    that was observed. All have (B, d) parameters and `rsample`.
+    that was observed. All have (B, d) parameters and `rsample`. targets[name]: what the decoder reconstructs, x or
+    features(x).
     """
 
     private: dict[str, DiagonalGaussian]
     shared: dict[str, DiagonalGaussian]
     joint: DiagonalGaussian
+    targets: dict[str, Tensor]
 
 
 @dataclass
@@ -92,11 +97,22 @@ class MultimodalVAE(nn.Module):
         self.likelihoods = {name: modality.likelihood for name, modality in modalities.items()}
         self.encoders = nn.ModuleDict({name: modality.encoder for name, modality in modalities.items()})
         self.decoders = nn.ModuleDict({name: modality.decoder for name, modality in modalities.items()})
+        self.features = nn.ModuleDict({name: m.features for name, m in modalities.items() if m.features is not None})
 
     # --- inference -------------------------------------------------------------------------------------------
 
+    def observe(self, name: str, x: Tensor) -> Tensor:
+        """What stands for x: features(x), or x itself for a modality without features."""
+        self._known(name)
+        if name not in self.features:
+            return x
+        try:
+            return self.features[name](x)
+        except RuntimeError as error:
+            raise DMVAEError(f"features of {name!r} reject input of shape {tuple(x.shape)}: {error}") from error
+
     def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-        """(q(z_p | x), q(z_s | x)) of one modality, from the encoder's (B, 2 p + 2 s) statistics."""
+        """(q(z_p | x), q(z_s | x)) of one modality, from the encoder's (B, 2 p + 2 s) statistics; x as observed."""
         self._check(name, x)
         private_dim = self.private_dims[name]
         try:
@@ -127,10 +143,14 @@ class MultimodalVAE(nn.Module):
         sizes = {name: len(x) for name, x in batch.items()}
         if len(set(sizes.values())) > 1:
             raise DMVAEError(f"modalities of one batch must have the same length, found {sizes}.")
-        encoded = {name: self.encode(name, x) for name, x in batch.items()}
+        observed = {name: self.observe(name, x) for name, x in batch.items()}
+        encoded = {name: self.encode(name, x) for name, x in observed.items()}
         private = {name: pair[0] for name, pair in encoded.items()}
         shared = {name: pair[1] for name, pair in encoded.items()}
-        return Posterior(private, shared, self.joint([shared[name] for name in self.names if name in shared]))
+        joint = self.joint([shared[name] for name in self.names if name in shared])
+        # As targets, features are constants: they could otherwise collapse to what is easy to reconstruct.
+        targets = {name: x.detach() if name in self.features else x for name, x in observed.items()}
+        return Posterior(private, shared, joint, targets)
 
     # --- synthesis -------------------------------------------------------------------------------------------
 
@@ -142,7 +162,7 @@ class MultimodalVAE(nn.Module):
         return self.decoders[name](code.reshape(-1, code.shape[-1])).unflatten(0, leading)
 
     def mean(self, name: str, private: Tensor, shared: Tensor) -> Tensor:
-        """E[x | z_p, z_s], shaped as `decode`."""
+        """E[x | z_p, z_s], or of the features that stand for x, shaped as `decode`."""
         return self.likelihoods[name].mean(self.decode(name, private, shared))
 
     def log_likelihood(self, name: str, params: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmvae_lib.distributions import DiagonalGaussian, product_of_experts
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.models.base import Batch, Modality, MultimodalVAE, Terms
+from dmvae_lib.models.base import Batch, Modality, MultimodalVAE, Posterior, Terms
 
 PARTS = ("log_likelihood", "kl_private", "kl_shared")
 
@@ -51,7 +51,10 @@ class DMVAE(MultimodalVAE):
 
         Shared codes are sampled once per source, private codes once per target.
         """
-        posterior = self.infer_all(batch)
+        return self.bounds(self.infer_all(batch), beta)
+
+    def bounds(self, posterior: Posterior, beta: float | Tensor = 1.0) -> Terms:
+        """Eq. 3 (negated) from the posterior given every modality, as `loss`."""
         shared = {"joint": posterior.joint, **posterior.shared}
         codes = {source: q.rsample() for source, q in shared.items()}
         kl_shared = {source: q.kl().mean() for source, q in shared.items()}
@@ -62,7 +65,9 @@ class DMVAE(MultimodalVAE):
             sources = [source for source in shared if self._keeps(f"{target}<-{source}", "log_likelihood")]
             if sources:  # all reconstructions of this target in one pass of its decoder
                 params = self.decode(target, private.rsample(), torch.stack([codes[source] for source in sources]))
-                log_likelihood = self.log_likelihood(target, params, batch[target]).mean(-1) * self.weights[target]
+                log_likelihood = (
+                    self.log_likelihood(target, params, posterior.targets[target]).mean(-1) * self.weights[target]
+                )
                 parts |= {f"{target}<-{s}/log_likelihood": value for s, value in zip(sources, log_likelihood)}
             for source in shared:
                 bound = f"{target}<-{source}"

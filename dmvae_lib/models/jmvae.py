@@ -65,7 +65,7 @@ class JMVAE(JointNetworkVAE):
         """The objective, negated. Terms: "elbo(joint)/log_likelihood(name)", "elbo(joint)/kl", and, before alpha,
         "kl(joint||name)"."""
         posterior = self.infer_all(batch)
-        elbo = self.elbo("elbo(joint)", posterior.joint, {name: batch[name] for name in self.names})
+        elbo = self.elbo("elbo(joint)", posterior.joint, posterior.targets)
         divergences = {f"kl(joint||{name})": posterior.joint.kl(q).mean() for name, q in posterior.shared.items()}
         total = self.negative(elbo, beta) + self.alpha * sum(divergences.values())
         return Terms(total, elbo | divergences)

@@ -65,9 +65,10 @@ class MMVAE(SharedVAE):
         """total = -bound, with DReG's gradient. Terms: "bound", the objective above; "log_likelihood(name)", with its
         weight, and "kl", the Monte Carlo log q - log p, both plain means over particles and modalities, so that
         sum of log-likelihoods - beta * kl is an ELBO, at most the bound."""
-        experts = self.infer_all(batch).shared.values()
+        posterior = self.infer_all(batch)
+        experts, targets = posterior.shared.values(), posterior.targets
         z = torch.stack([q.rsample(n=self.particles) for q in experts])  # (N, K, B, s)
-        log_likelihoods = {name: self.weighted_log_likelihood(name, z, batch[name]) for name in self.names}
+        log_likelihoods = {name: self.weighted_log_likelihood(name, z, targets[name]) for name in self.names}
         constant = Mixture([Laplace(q.mean.detach(), q.scale.detach()) for q in experts])
         kl = constant.log_prob(z) - self.prior_distribution().log_prob(z)
         log_w = sum(log_likelihoods.values()) - beta * kl  # (N, K, B)

@@ -63,7 +63,7 @@ class MVAE(SharedVAE):
             posteriors[subset] = self.infer({name: batch[name] for name in subset}).joint
         parts: dict[str, Tensor] = {}
         for subset, q in posteriors.items():
-            parts |= self.elbo(f"elbo({','.join(subset)})", q, {name: batch[name] for name in subset})
+            parts |= self.elbo(f"elbo({','.join(subset)})", q, {name: posterior.targets[name] for name in subset})
         return Terms(self.negative(parts, beta), parts)
 
     def _draw_subsets(self) -> list[tuple[str, ...]]:

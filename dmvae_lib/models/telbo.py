@@ -43,11 +43,11 @@ class TELBO(JointNetworkVAE):
         """The objective, negated. Terms: "elbo(joint)/log_likelihood(name)", "elbo(joint)/kl", and for each modality
         "elbo(name)/log_likelihood(name)", "elbo(name)/kl"."""
         posterior = self.infer_all(batch)
-        parts = self.elbo("elbo(joint)", posterior.joint, {name: batch[name] for name in self.names})
+        parts = self.elbo("elbo(joint)", posterior.joint, posterior.targets)
         for name, q in posterior.shared.items():
             fixed = {key: value.detach() for key, value in self.decoders[name].named_parameters()}
             params = functional_call(self.decoders[name], fixed, q.rsample())
-            log_likelihood = self.log_likelihood(name, params, batch[name]).mean()
+            log_likelihood = self.log_likelihood(name, params, posterior.targets[name]).mean()
             parts[f"elbo({name})/log_likelihood({name})"] = self.unimodal_weights[name] * log_likelihood
             parts[f"elbo({name})/kl"] = q.kl().mean()
         return Terms(self.negative(parts, beta), parts)

@@ -1,0 +1,61 @@
+"""Table 2, TIMAM: identification, projection matching, adversarial modality discriminator (Sarafianos et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmvae_lib.models.base import Batch, Terms
+from dmvae_lib.models.flowers.base import IdentityClassifier, JointEmbedding, lstm_text
+from dmvae_lib.models.matching import matching_loss
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """x itself, whose gradient changes sign on the way back."""
+    return 2 * x.detach() - x
+
+
+class TIMAM(JointEmbedding):
+    """BERT's token embeddings through the paper's text network (Sec. 5.2), and the sum of three losses:
+
+    norm-softmax classification of both embeddings with one set of class vectors; Eq. 4 in both directions; and
+    `adversarial` times the cross-entropy of a discriminator that tells images from captions, which the discriminator
+    minimises and the embeddings maximise.
+
+    classes: the labels that occur in training. Sarafianos et al. train the image network and take turns between
+    discriminator and embeddings; here the image feature is fixed and a reversed gradient does both in one step.
+    """
+
+    def __init__(
+        self,
+        image_dim: int,
+        token_dim: int,
+        classes: Sequence[int],
+        dim: int = 512,
+        hidden: int = 512,
+        discriminator: int = 256,
+        adversarial: float = 0.1,
+    ):
+        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        self.classifier = IdentityClassifier(classes, dim)
+        self.discriminator = nn.Sequential(nn.Linear(dim, discriminator), nn.ReLU(), nn.Linear(discriminator, 1))
+        self.adversarial = adversarial
+
+    def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
+        """Terms "identity(image)", "identity(text)", "matching(image)", "matching(text)" and, before its weight,
+        "discriminator"."""
+        image, text = self.embed(batch, labels)
+        matching_image, matching_text = matching_loss(image, text, labels)
+        logits = self.discriminator(reverse_gradient(torch.cat([image, text])))[:, 0]
+        is_image = torch.cat([torch.ones(len(image)), torch.zeros(len(text))]).to(logits)
+        parts = {
+            "identity(image)": self.classifier(image, labels),
+            "identity(text)": self.classifier(text, labels),
+            "matching(image)": matching_image,
+            "matching(text)": matching_text,
+        }
+        discriminator = F.binary_cross_entropy_with_logits(logits, is_image)
+        return Terms(sum(parts.values()) + self.adversarial * discriminator, parts | {"discriminator": discriminator})

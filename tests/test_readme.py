@@ -1,0 +1,25 @@
+"""The README's example runs as it stands, and shows what it says."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_example_on_ones_own_data_runs_and_learns_what_the_views_share():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(code, names)
+    assert names["drawn"].shape == (5, 8, 12)
+    # A video of class c is lowest in dimension c: the class of what is drawn must be the audio's (chance: a third).
+    drawn = names["model"].cross_generate({"audio": names["audio"]}, target="video", n=5)[..., :3].argmin(-1)
+    assert (drawn == names["labels"]).double().mean() > 0.7
+    assert names["history"]["total"].iloc[-1] < names["history"]["total"].iloc[0]
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).resolve().parents[1] / target).exists(), target
