@@ -77,7 +77,9 @@ TABLE3 = {
 # The authors' public release multiplies the joint reconstructions by zero and keeps their KLs.
 RELEASE = Experiment("dmvae-release", without=("mnist<-joint/log_likelihood", "svhn<-joint/log_likelihood"))
 
-DIGITS = tuple({experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values())}.values())
+DIGITS = tuple(
+    {experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values())}.values()
+)
 
 
 # --- the setting: profile, seeds, device, places --------------------------------------------------------------------
@@ -122,7 +124,9 @@ def setting(
 def project_folder() -> Path:
     """The nearest folder, from the working directory upwards, that holds notebooks/ and a Makefile; else here."""
     here = Path.cwd()
-    found = (folder for folder in (here, *here.parents) if (folder / "notebooks").is_dir() and (folder / "Makefile").exists())
+    found = (
+        folder for folder in (here, *here.parents) if (folder / "notebooks").is_dir() and (folder / "Makefile").exists()
+    )
     return next(found, here)
 
 
@@ -203,7 +207,11 @@ def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on."""
     data, plan = setting.digits.train, schedule(experiment, setting.profile)
     profile = setting.profile
-    config = {"experiment": asdict(experiment), "width": profile.width, "weights": experiment.weights or profile.weights}
+    config = {
+        "experiment": asdict(experiment),
+        "width": profile.width,
+        "weights": experiment.weights or profile.weights,
+    }
     if experiment.model == "MMVAE":
         config["particles"] = profile.particles
     return train_or_load(lambda: build(experiment, profile), data, plan, seed, setting, experiment.name, config)
@@ -225,8 +233,11 @@ def train_or_load(
     name: str,
     config: dict,
     objective: Callable = model_objective,
+    fit: Callable[[nn.Module], object] | None = None,
 ) -> Run:
     """The model `make()` trained on `data`, in runs/<profile>/<name>/seed<seed>-<configuration's hash>/.
+
+    fit: fits the model in closed form or by EM; it then takes the place of `train`, and the history is empty.
 
     A finished run is loaded, an interrupted one goes on from its checkpoint. The hash covers the configuration, the
     schedule, the data's fingerprint and the library's version, so a run is never taken for another.
@@ -247,7 +258,11 @@ def train_or_load(
     weights, record = folder / "model.safetensors", folder / "run.json"
     if not record.exists():  # written last: a run without it is not finished
         started = time.monotonic()
-        history = train(model, data, plan, seed, device, folder, objective, f"{name}, seed {seed}")
+        if fit is None:
+            history = train(model, data, plan, seed, device, folder, objective, f"{name}, seed {seed}")
+        else:
+            fit(model)
+            history = pd.DataFrame(index=pd.Index([], name="step"))
         with atomic_write(weights) as temporary:
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
         with atomic_write(folder / "history.csv") as temporary:
@@ -282,9 +297,12 @@ def provenance(device: torch.device) -> dict:
 def _commit() -> str | None:
     """The commit of the project's checkout, with "+" if it has uncommitted changes to the library."""
     here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        ask = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
-        return ask("rev-parse", "--short=12", "HEAD").strip() + ("+" if ask("status", "--porcelain", ".").strip() else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None  # an installed package, or no git
 
@@ -306,7 +324,9 @@ def classifier(name: str, setting: Setting) -> tuple[nn.Module, float]:
     )  # fmt: skip
     device = next(made.model.parameters()).device
     test_items = test_items.to(device)
-    predicted = torch.cat([predict(made.model, test_items.batch(rows)[name]) for rows in _chunks(len(test_items), device)])
+    predicted = torch.cat(
+        [predict(made.model, test_items.batch(rows)[name]) for rows in _chunks(len(test_items), device)]
+    )
     return made.model, cross_coherence(predicted, test_items.labels)
 
 

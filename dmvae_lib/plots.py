@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -31,7 +32,9 @@ def tile(images: Tensor, gap: int = 2) -> np.ndarray:
 
 def gallery(rows: Mapping[str, Tensor], title: str = "", width: float = 7.0) -> Figure:
     """One labelled row of images for each entry, {label: (C, channels, H, W)}."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(width, width / max(len(x) for x in rows.values()) * len(rows) + 0.3))
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(width, width / max(len(x) for x in rows.values()) * len(rows) + 0.3)
+    )
     for ax, (label, images) in zip(np.atleast_1d(axes), rows.items()):
         ax.imshow(tile(images[None]), interpolation="nearest")
         ax.set_xticks([]), ax.set_yticks([])
@@ -66,14 +69,86 @@ def embedding(points: Mapping[str, np.ndarray], labels: np.ndarray, title: str =
     for name, xy in points.items():
         for label in np.unique(labels):
             chosen = xy[labels == label]
-            style = {"facecolors": "none", "edgecolors": [colours[label]]} if MARKERS[name] == "o" else {"color": colours[label]}
+            style = (
+                {"facecolors": "none", "edgecolors": [colours[label]]}
+                if MARKERS[name] == "o"
+                else {"color": colours[label]}
+            )
             ax.scatter(*chosen.T, s=28, marker=MARKERS[name], linewidths=1.0, **style)
     both = np.concatenate(list(points.values()))
     for label in np.unique(labels):  # numerals at the class centres: readable without colour
         centre = np.median(both[np.tile(labels, len(points)) == label], 0)
         ax.text(*centre, str(label), fontsize=13, weight="bold", ha="center", va="center",
                 bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
-    handles = [plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n) for n in points]
+    handles = [
+        plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n)
+        for n in points
+    ]
     ax.legend(handles=handles, loc="best", fontsize="small")
     ax.set(xticks=[], yticks=[], title=title)
     return figure
+
+
+RIGHT, WRONG, SWAPPED = "black", "#c1121f", "#0353a4"
+
+
+def retrieved_captions(lines: Sequence[tuple[np.ndarray, Sequence[tuple[str, bool]]]]) -> Figure:
+    """Fig. 6: a line per query image (H, W, 3) with its nearest captions and whether each has the image's class."""
+    columns = len(lines[0][1])
+    figure, axes = plt.subplots(len(lines), columns + 1, figsize=(2.3 * (columns + 1), 1.9 * len(lines)), squeeze=False)
+    for row, (image, captions) in zip(axes, lines):
+        row[0].imshow(image)
+        for ax, (caption, right) in zip(row[1:], captions):
+            text = textwrap.fill(caption, 26) + ("" if right else "\n(wrong class)")
+            ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, color=RIGHT if right else WRONG)
+    _headings(axes, columns)
+    return figure
+
+
+def retrieved_images(lines: Sequence[tuple[str, Sequence[tuple[np.ndarray, bool | None]]]]) -> Figure:
+    """Figs. 7 and 8: a line per query caption with its nearest images, framed red and dashed where wrong (False).
+
+    Words in [brackets] are drawn blue, without the brackets (Fig. 8's swaps).
+    """
+    columns = len(lines[0][1])
+    ratios = {"width_ratios": [2.0] + [1.0] * columns}
+    figure, axes = plt.subplots(
+        len(lines), columns + 1, figsize=(1.7 * (columns + 2), 1.8 * len(lines)), squeeze=False, gridspec_kw=ratios
+    )
+    for row, (caption, images) in zip(axes, lines):
+        _coloured_text(row[0], caption)
+        for ax, (image, right) in zip(row[1:], images):
+            ax.imshow(image)
+            if right is False:
+                frame = plt.Rectangle(
+                    (0, 0), 1, 1, transform=ax.transAxes, fill=False, ec=WRONG, lw=4, ls="--", clip_on=False
+                )
+                ax.add_patch(frame)
+    _headings(axes, columns)
+    return figure
+
+
+def _headings(axes: np.ndarray, columns: int) -> None:
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, title in zip(axes[0], ["Query", *(f"Rank {i + 1}" for i in range(columns))]):
+        ax.set_title(title, fontsize=9)
+
+
+def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
+    """Wrapped text, left aligned, with the words in [brackets] blue; monospaced, so that words can be placed one by one."""
+    swapped, words = False, []
+    for word in caption.split():
+        swapped = swapped or word.startswith("[")
+        words.append((word.strip("[]"), swapped))
+        swapped = swapped and not word.endswith("]")
+    lines: list[list[tuple[str, bool]]] = [[]]
+    for word in words:
+        if sum(len(w) + 1 for w, _ in lines[-1]) + len(word[0]) > width:
+            lines.append([])
+        lines[-1].append(word)
+    for i, line in enumerate(lines):
+        for colour, chosen in ((RIGHT, False), (SWAPPED, True)):
+            text = " ".join(w if blue is chosen else " " * len(w) for w, blue in line)
+            y = 0.5 + 0.11 * (len(lines) / 2 - i)
+            ax.text(0, y, text, family="monospace", fontsize=size, color=colour, transform=ax.transAxes, va="top")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dmvae_lib.errors import DMVAEError
 from dmvae_lib.experiments import Run, Setting, provenance
 from dmvae_lib.files import atomic_write, sha256
+from dmvae_lib.paper import Claim
 from dmvae_lib.training import resolve_device
 
 MEASURES = {
@@ -24,7 +26,9 @@ MEASURES = {
 }
 
 
-def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def compare(
+    values: Mapping[str, Sequence[Mapping[str, float]]], paper: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
     """Long table of measured shares beside the paper's percentages.
 
     values: {row: [{measure: share in [0, 1]} for every seed]}; paper: {row: {measure: percent}}, rows may be absent.
@@ -61,6 +65,24 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     rows = table.index.get_level_values("row").unique()
     order = [(measure, column) for measure in measures for column in ("ours", "paper", "difference")]
     return lines.loc[rows, pd.MultiIndex.from_tuples(order)].rename_axis(None)
+
+
+def check(claims: Iterable[Claim], table: pd.DataFrame) -> pd.DataFrame:
+    """Whether each claim of the paper's text holds in `compare`'s table: a line each, with the two numbers compared.
+
+    A difference smaller than the standard deviations of the two cells together is marked as within the spread.
+    """
+    lines = []
+    for claim in claims:
+        greater, than = (table.loc[(row, MEASURES[measure])] for row, measure in (claim.greater, claim.than))
+        holds = bool(greater["mean"] > claim.factor * than["mean"])
+        spread = (greater["sd"] ** 2 + (claim.factor * than["sd"]) ** 2) ** 0.5  # missing with one seed: then no mark
+        close = abs(greater["mean"] - claim.factor * than["mean"]) < spread
+        verdict = ("holds" if holds else "does not hold") + (", within the spread of seeds" if close else "")
+        numbers = [f"{row} {table.loc[(row, MEASURES[m]), 'mean']:.1f}" for row, m in (claim.greater, claim.than)]
+        factor = "" if claim.factor == 1 else f"{claim.factor:g} × "
+        lines.append((claim.text, f"{numbers[0]} > {factor}{numbers[1]}", verdict))
+    return pd.DataFrame(lines, columns=["claim", "means", "here"]).set_index("claim")
 
 
 @dataclass(frozen=True)
@@ -169,3 +191,20 @@ def index(results: Path) -> str:
     with atomic_write(results / "README.md") as temporary:
         temporary.write_text(text)
     return text
+
+
+def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1", "table3")) -> None:
+    """Puts the tables of every profile between the README's result marks, so that they cannot drift from results/."""
+    text = readme.read_text()
+    start, end = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
+    if start not in text or end not in text:
+        raise DMVAEError(f"{readme} lacks the marks {start!r} and {end!r}; put them back where the tables belong.")
+    found = [
+        path
+        for manifest in sorted(results.glob("*/manifest.json"))
+        for path in map(manifest.with_name, map("{}.md".format, tables))
+        if path.exists()
+    ]
+    body = "\n".join(path.read_text() for path in found)
+    with atomic_write(readme) as temporary:
+        temporary.write_text(f"{text[: text.index(start)]}{start}\n\n{body}\n{text[text.index(end) :]}")

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.experiments import DIGITS, classifier, project_folder, run_grid, setting
 from dmvae_lib.files import atomic_write
-from dmvae_lib.report import index
+from dmvae_lib.flower_experiments import FLOWERS, run_flower_grid
+from dmvae_lib.report import index, readme_tables
 
 KERNEL = "python3"
 
@@ -72,6 +73,7 @@ def reproduce(options: argparse.Namespace) -> None:
     for name in place.digits.train.names:
         classifier(name, place)
     run_grid(DIGITS, place)
+    run_flower_grid(FLOWERS, place)
     parameters = {name: getattr(options, name) for name in ("profile", "seeds", "device", "data")}
     bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
     keeps = place.profile.writes_results
@@ -81,9 +83,12 @@ def reproduce(options: argparse.Namespace) -> None:
         execute(source, executed / source.name, parameters)
     if keeps:
         index(place.results.parent)
+        readme_tables(project_folder() / "README.md", place.results.parent)
         print(f"Results are in {os.path.relpath(place.results)}; results/README.md shows them all.")
     else:
-        print(f"Profile {place.profile.name} keeps no results; the executed notebooks are in {os.path.relpath(executed)}.")
+        print(
+            f"Profile {place.profile.name} keeps no results; the executed notebooks are in {os.path.relpath(executed)}."
+        )
 
 
 def main() -> None:

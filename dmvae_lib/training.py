@@ -36,7 +36,7 @@ class Schedule:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """"auto" is the first GPU if there is one, else the CPU. Raises DMVAEError for a device this machine lacks."""
+    """ "auto" is the first GPU if there is one, else the CPU. Raises DMVAEError for a device this machine lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

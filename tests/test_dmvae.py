@@ -141,7 +141,11 @@ def test_gradient_equals_finite_differences(private_dims):
     model = DMVAE(
         {
             name: Modality(
-                nn.Sequential(nn.Linear(d, 5), nn.Tanh(), nn.Linear(5, 2 * p + 4)), nn.Linear(p + 2, d), p, 2.0, likelihood
+                nn.Sequential(nn.Linear(d, 5), nn.Tanh(), nn.Linear(5, 2 * p + 4)),
+                nn.Linear(p + 2, d),
+                p,
+                2.0,
+                likelihood,
             )
             for name, (d, p, likelihood) in sizes.items()
         },

@@ -163,9 +163,9 @@ def _colours(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     # and the mean image would be blank: a saddle that costs a small model more updates than profile quick has.
     grey = _uniform(generator, (n, 1), 0.05, 0.45)
     contrast = _uniform(generator, (n, 1), 0.4, 0.75)
-    vivid = torch.tensor([[0.22], [0.05]])  # walls differ in colour more than figures do
-    warmth = torch.randn(n, 2, 1, generator=generator) * torch.tensor([0.06, 0.0, -0.06])  # brown walls, blue shade
-    tint = torch.randn(n, 2, 3, generator=generator) * vivid + warmth
+    # Warm to cold light, the same on wall and figure; beyond it walls and figures have little colour of their own.
+    warmth = 0.25 * torch.randn(n, 1, 1, generator=generator) * torch.tensor([1.0, 0.0, -1.0])
+    tint = warmth + 0.06 * torch.randn(n, 2, 3, generator=generator)
     tint = tint - tint.mean(-1, keepdim=True)  # colour, not lightness: that is the contrast's
     background, foreground = grey + tint[:, 0], grey + contrast + tint[:, 1]
     return background.clamp(0.02, 0.98)[..., None, None], foreground.clamp(0.02, 0.98)[..., None, None]
