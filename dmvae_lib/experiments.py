@@ -78,7 +78,7 @@ TABLE3 = {
 RELEASE = Experiment("dmvae-release", without=("mnist<-joint/log_likelihood", "svhn<-joint/log_likelihood"))
 
 DIGITS = tuple(
-    {experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values())}.values()
+    {experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)}.values()
 )
 
 
@@ -163,7 +163,7 @@ def build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
                 networks.svhn_decoder(private["svhn"], shared, width),
             ),
         }
-    likelihood = laplace(0.75) if mmvae else "bernoulli"
+    likelihood = laplace(0.75)._replace(unit=True) if mmvae else "bernoulli"
     modalities = {name: Modality(*networks_of[name], private[name], weights[name], likelihood) for name in NAMES}
     match experiment.model:
         case "DMVAE":
@@ -240,7 +240,7 @@ def train_or_load(
     fit: fits the model in closed form or by EM; it then takes the place of `train`, and the history is empty.
 
     A finished run is loaded, an interrupted one goes on from its checkpoint. The hash covers the configuration, the
-    schedule, the data's fingerprint and the library's version, so a run is never taken for another.
+    schedule, the data's fingerprint and the library's version (not its source: see `commit` in run.json).
     """
     config = config | {
         "name": name,
@@ -310,11 +310,14 @@ def _commit() -> str | None:
 # --- evaluation: Sec. 5.1 -------------------------------------------------------------------------------------------
 
 
-def classifier(name: str, setting: Setting) -> tuple[nn.Module, float]:
-    """The evaluation classifier of one modality and its accuracy on that modality's real test images.
+def classifier(name: str, setting: Setting) -> tuple[Run, float]:
+    """The evaluation classifier of one modality and its accuracy on that modality's test images.
 
-    Trained on all real training images (MMVAE's protocol); trained once, then loaded.
+    Trained on all training images as they are, not on generated ones (MMVAE's protocol); trained once, then loaded.
+    Raises DMVAEError for an unknown modality.
     """
+    if name not in NAMES:
+        raise DMVAEError(f"unknown modality {name!r}; the digits have {', '.join(NAMES)}.")
     train_items, test_items = (_alone(split, name) for split in (setting.digits.train, setting.digits.test))
     channels, size = train_items.items[name].shape[1:3]
     plan = Schedule(setting.profile.classifier_steps, 128)
@@ -324,10 +327,9 @@ def classifier(name: str, setting: Setting) -> tuple[nn.Module, float]:
     )  # fmt: skip
     device = next(made.model.parameters()).device
     test_items = test_items.to(device)
-    predicted = torch.cat(
-        [predict(made.model, test_items.batch(rows)[name]) for rows in _chunks(len(test_items), device)]
-    )
-    return made.model, cross_coherence(predicted, test_items.labels)
+    chunks = _chunks(len(test_items), device)
+    predicted = torch.cat([predict(made.model, test_items.batch(rows)[name]) for rows in chunks])
+    return made, cross_coherence(predicted, test_items.labels)
 
 
 def _alone(data: PairedData, name: str) -> PairedData:
@@ -377,12 +379,13 @@ def _chunks(n: int, device: torch.device, size: int = 1_000) -> Sequence[Tensor]
 
 
 def evaluate(run: Run, setting: Setting) -> dict[str, float]:
-    """`coherence` of a run on the setting's evaluation pairs; kept in the run's folder."""
-    classifiers = {name: classifier(name, setting)[0] for name in setting.digits.train.names}
+    """`coherence` of a run on the setting's evaluation pairs; kept in the run's folder, by data and classifiers."""
     data = setting.digits.test
-    path = run.folder / f"coherence-{setting.evaluation}-{data.fingerprint}.json"
+    judges = {name: classifier(name, setting)[0] for name in data.names}
+    judged_by = "-".join(judge.info["hash"] for judge in judges.values())
+    path = run.folder / f"coherence-{setting.evaluation}-{data.fingerprint}-{judged_by}.json"
     if not path.exists():
-        result = coherence(run.model, data, classifiers)
+        result = coherence(run.model, data, {name: judge.model for name, judge in judges.items()})
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(result))
     return json.loads(path.read_text())

@@ -102,14 +102,22 @@ class Results:
         caption = f"{caption} Profile {self.setting.profile.name}, {seeds} seed{'s' * (seeds > 1)}, percent."
         flat = shown.copy()
         flat.columns = [f"{measure}, {column}" for measure, column in shown.columns]
+        layout = {"label": f"tab:{name}", "column_format": "l" + "rrr" * (shown.shape[1] // 3), "escape": True}
+        bare = caption.split(": ", 1)[-1]  # LaTeX numbers its tables itself
         texts = {
             "csv": table.to_csv(float_format="%.4f"),
-            "md": f"{caption}\n\n{flat.to_markdown()}\n",
-            "tex": shown.to_latex(caption=caption, label=f"tab:{name}", column_format="l" + "rrr" * (shown.shape[1] // 3))
-            .replace("→", r"$\rightarrow$").replace("±", r"$\pm$").replace("–", "--"),
-        }  # fmt: skip
+            "md": f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n",
+            "tex": _latex(shown.to_latex(caption=bare.replace("%", r"\%").replace("&", r"\&"), **layout)),
+        }
         self._keep(name, caption, runs, {suffix: _text_writer(text) for suffix, text in texts.items()})
         return shown
+
+    def frame(self, name: str, frame: pd.DataFrame, caption: str, runs: Iterable[Run] = ()) -> pd.DataFrame:
+        """name.csv and name.md of any other table; returns it."""
+        caption = f"{caption} Profile {self.setting.profile.name}."
+        texts = {"csv": frame.to_csv(), "md": f"{caption}\n\n{frame.to_markdown(disable_numparse=True)}\n"}
+        self._keep(name, caption, runs, {suffix: _text_writer(text) for suffix, text in texts.items()})
+        return frame
 
     def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run] = ()) -> Figure:
         """name.png (300 dpi) and name.pdf (vectors); returns the figure."""
@@ -158,6 +166,12 @@ class Results:
             temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
+def _latex(text: str) -> str:
+    for character, command in (("→", r"$\rightarrow$"), ("±", r"$\pm$"), ("–", "--")):
+        text = text.replace(character, command)
+    return text
+
+
 def _text_writer(text: str):
     return lambda path: path.write_text(text)
 
@@ -193,7 +207,7 @@ def index(results: Path) -> str:
     return text
 
 
-def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1", "table3")) -> None:
+def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1", "table2", "table3")) -> None:
     """Puts the tables of every profile between the README's result marks, so that they cannot drift from results/."""
     text = readme.read_text()
     start, end = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"

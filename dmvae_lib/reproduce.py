@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -13,12 +15,13 @@ import papermill
 from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DIGITS, classifier, project_folder, run_grid, setting
+from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier, project_folder, run_grid, setting
 from dmvae_lib.files import atomic_write
-from dmvae_lib.flower_experiments import FLOWERS, run_flower_grid
+from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower_grid
 from dmvae_lib.report import index, readme_tables
 
 KERNEL = "python3"
+DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell
 
 
 def notebooks() -> list[Path]:
@@ -59,6 +62,7 @@ def _is_progress(output: nbformat.NotebookNode) -> bool:
 
 def prepare(folder: Path) -> None:
     """Copies of the notebooks set to profile smoke, with their committed outputs, for nbval to run and compare."""
+    shutil.rmtree(project_folder() / "runs" / "smoke", ignore_errors=True)  # so that the notebooks train anew
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.ipynb"):
         stale.unlink()
@@ -70,11 +74,15 @@ def prepare(folder: Path) -> None:
 def reproduce(options: argparse.Namespace) -> None:
     """Trains every experiment (so that progress shows here), then executes every notebook on the trained runs."""
     place = setting(options.profile, options.seeds, options.device, options.data)
+    flower_data(place)  # first what may be missing, then what takes long
     for name in place.digits.train.names:
         classifier(name, place)
     run_grid(DIGITS, place)
+    run_grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3)))  # notebook 09 shows the spread
     run_flower_grid(FLOWERS, place)
-    parameters = {name: getattr(options, name) for name in ("profile", "seeds", "device", "data")}
+    # A notebook's own defaults need no parameters cell from outside: so run, it is the notebook as it is committed.
+    chosen = {name: getattr(options, name) for name in DEFAULTS}
+    parameters = {name: value for name, value in chosen.items() if value != DEFAULTS[name]}
     bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
     keeps = place.profile.writes_results
     executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
@@ -93,11 +101,11 @@ def reproduce(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="quick", help="smoke, quick, subset or paper")
+    parser.add_argument("--profile", default="quick", help="smoke, quick, subset or paper; subset@0.05: a share of it")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds: 0, 1, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--data", default="data", help="folder of the data files")
-    parser.add_argument("--in-place", action="store_true", help="execute notebooks/ as they are committed")
+    parser.add_argument("--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -105,8 +113,9 @@ def main() -> None:
         if options.prepare:
             prepare(options.prepare)
         elif options.in_place:
-            for source in tqdm(notebooks(), desc="notebooks", unit="notebook"):
-                execute(source, source, {})
+            reproduce(argparse.Namespace(**DEFAULTS))
+            for source in notebooks():
+                shutil.copyfile(project_folder() / "results" / "quick" / "notebooks" / source.name, source)
         else:
             reproduce(options)
     except (DMVAEError, papermill.PapermillExecutionError) as error:

@@ -140,7 +140,7 @@ def _summary(pending: list[dict[str, Tensor]], step: int) -> dict[str, float]:
         first = int((~finite).any(1).nonzero()[0])
         bad = ", ".join(name for name, good in zip(names, finite[first]) if not good)
         raise DMVAEError(
-            f"step {step - len(pending) + first + 1}: not finite: {bad}. The last good checkpoint is kept; "
+            f"step {step - len(pending) + first + 1}: not finite: {bad}. A checkpoint from before, if one was written, is kept; "
             "lower the learning rate, or look at the data and likelihood of that term."
         )
     return {"step": step, **dict(zip(names, values.mean(0).tolist()))}

@@ -112,3 +112,43 @@ def test_table_beside_the_paper_and_its_manifest(place, tmp_path):
     assert "42.0 ± 2.8" in index(tmp_path) and "table1.csv" in (tmp_path / "README.md").read_text()
     Results(place, "03_table1").table("table1", table, "Table 1.", [made])
     assert not place.results.exists()  # profile smoke keeps nothing
+
+
+def test_a_share_of_a_profiles_updates():
+    quick, part = ex.get_profile("quick"), ex.get_profile("quick@0.05")
+    assert (part.steps, part.particle_steps) == (round(0.05 * quick.steps), round(0.05 * quick.particle_steps))
+    assert part.classifier_steps == quick.classifier_steps and part.name == "quick@0.05"  # the judges stay as they are
+    for bad in ("quick@0", "quick@2", "quick@half"):
+        with pytest.raises(DMVAEError, match=r"quick@.*\(0, 1\]"):
+            ex.get_profile(bad)
+
+
+def test_unknown_modality_of_a_classifier(place):
+    with pytest.raises(DMVAEError, match="unknown modality 'cifar'"):
+        ex.classifier("cifar", place)
+
+
+def test_two_trainings_of_the_paper_networks_are_bit_identical(place, tmp_path):
+    """The whole path of profile quick, convolutions and dropout included, for fewer updates."""
+    plan = replace(place.profile, steps=15)
+    made = [ex.run(ex.DMVAE_DIGITS, 0, replace(place, profile=plan, runs=tmp_path / name)) for name in ("one", "two")]
+    for one, other in zip(made[0].model.parameters(), made[1].model.parameters()):
+        assert torch.equal(one, other)
+    assert made[0].history.equals(made[1].history)
+
+
+def test_mvae_stays_finite_over_five_seeds(place):
+    profile = replace(place.profile, steps=30, learning_rate=1e-2)  # ten times the paper's rate
+    for seed in range(5):
+        history = ex.run(ex.TABLE1["MVAE"], seed, replace(place, profile=profile)).history
+        assert history.notna().all().all()
+
+
+def test_latex_tables_compile_in_their_captions(place, tmp_path):
+    keeping = replace(place, profile=replace(place.profile, writes_results=True), results=tmp_path)
+    table = compare({"MVAE": [{"mnist->svhn": 0.5}]}, {"MVAE": {"mnist->svhn": 9.5}})
+    Results(keeping, "03_table1").table("t", table, "Table 1: accuracy 95.8%, 100.0% & more.")
+    tex, md = (tmp_path / "t.tex").read_text(), (tmp_path / "t.md").read_text()
+    assert not [line for line in tex.splitlines() if "%" in line.replace(r"\%", "") or "→" in line]
+    assert r"\caption{accuracy 95.8\%, 100.0\% \& more." in tex
+    assert "+40.5" in md and "50.0" in md

@@ -252,8 +252,6 @@ class MultimodalVAE(nn.Module):
         self._known(name)
         if not x.is_floating_point():
             raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # values cannot be read while a graph is being captured; the eager warm-up has read them
         low, high = (bound.item() for bound in x.aminmax()) if x.numel() else (0.0, 0.0)
         if not math.isfinite(low + high):  # aminmax propagates NaN
             raise DMVAEError(f"{name!r} holds values that are not finite; remove or replace them before training.")
