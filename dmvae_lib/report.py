@@ -115,7 +115,9 @@ class Results:
     def frame(self, name: str, frame: pd.DataFrame, caption: str, runs: Iterable[Run] = ()) -> pd.DataFrame:
         """name.csv and name.md of any other table; returns it."""
         caption = f"{caption} Profile {self.setting.profile.name}."
-        texts = {"csv": frame.to_csv(), "md": f"{caption}\n\n{frame.to_markdown(disable_numparse=True)}\n"}
+        flat = frame.reset_index() if frame.index.nlevels > 1 else frame  # tabulate writes a MultiIndex as tuples
+        shown = flat.to_markdown(index=flat is frame, disable_numparse=True)
+        texts = {"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"}
         self._keep(name, caption, runs, {suffix: _text_writer(text) for suffix, text in texts.items()})
         return frame
 
