@@ -112,7 +112,7 @@ PROFILES = {
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name; "subset@0.05" is `subset` with a twentieth of its models' updates, a rehearsal.
+    """The profile of that name; "subset@0.05" is `subset` with a twentieth of its models' updates and of its pairings, a rehearsal.
 
     Raises DMVAEError for any other name and for a share that is not in (0, 1].
     """
@@ -129,6 +129,6 @@ def get_profile(name: str) -> Profile:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."
         )
-    shortened = ("steps", "particle_steps", "flower_steps")
+    shortened = ("steps", "particle_steps", "flower_steps", "permutations")
     steps = {field: max(1, round(part * getattr(PROFILES[base], field))) for field in shortened}
     return replace(PROFILES[base], name=name, **steps)
