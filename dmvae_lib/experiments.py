@@ -78,7 +78,9 @@ TABLE3 = {
 RELEASE = Experiment("dmvae-release", without=("mnist<-joint/log_likelihood", "svhn<-joint/log_likelihood"))
 
 DIGITS = tuple(
-    {experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)}.values()
+    {
+        experiment.name: experiment for experiment in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)
+    }.values()
 )
 
 
@@ -217,11 +219,11 @@ def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     return train_or_load(lambda: build(experiment, profile), data, plan, seed, setting, experiment.name, config)
 
 
-def run_grid(experiments: Sequence[Experiment], setting: Setting) -> dict[tuple[str, int], Run]:
-    """`run` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}."""
+def run_grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> dict[tuple[str, int], Run]:
+    """`run_one` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}."""
     grid = [(experiment, seed) for experiment in experiments for seed in range(setting.seeds)]
     bar = tqdm(grid, desc="runs", unit="run", leave=False, disable=len(grid) == 1)
-    return {(experiment.name, seed): run(experiment, seed, setting) for experiment, seed in bar}
+    return {(experiment.name, seed): run_one(experiment, seed, setting) for experiment, seed in bar}
 
 
 def train_or_load(
@@ -313,23 +315,27 @@ def _commit() -> str | None:
 def classifier(name: str, setting: Setting) -> tuple[Run, float]:
     """The evaluation classifier of one modality and its accuracy on that modality's test images.
 
-    Trained on all training images as they are, not on generated ones (MMVAE's protocol); trained once, then loaded.
     Raises DMVAEError for an unknown modality.
     """
-    if name not in NAMES:
-        raise DMVAEError(f"unknown modality {name!r}; the digits have {', '.join(NAMES)}.")
-    train_items, test_items = (_alone(split, name) for split in (setting.digits.train, setting.digits.test))
-    channels, size = train_items.items[name].shape[1:3]
-    plan = Schedule(setting.profile.classifier_steps, 128)
-    made = train_or_load(
-        lambda: networks.digit_classifier(channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
-        _classify,
-    )  # fmt: skip
+    made = _judge(name, setting)
     device = next(made.model.parameters()).device
-    test_items = test_items.to(device)
+    test_items = _alone(setting.digits.test, name).to(device)
     chunks = _chunks(len(test_items), device)
     predicted = torch.cat([predict(made.model, test_items.batch(rows)[name]) for rows in chunks])
     return made, cross_coherence(predicted, test_items.labels)
+
+
+def _judge(name: str, setting: Setting) -> Run:
+    """The classifier trained on all training images as they are, not on generated ones (MMVAE's protocol), or loaded."""
+    if name not in NAMES:
+        raise DMVAEError(f"unknown modality {name!r}; the digits have {', '.join(NAMES)}.")
+    train_items = _alone(setting.digits.train, name)
+    channels, size = train_items.items[name].shape[1:3]
+    plan = Schedule(setting.profile.classifier_steps, 128)
+    return train_or_load(
+        lambda: networks.digit_classifier(channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
+        _classify,
+    )  # fmt: skip
 
 
 def _alone(data: PairedData, name: str) -> PairedData:
@@ -381,11 +387,16 @@ def _chunks(n: int, device: torch.device, size: int = 1_000) -> Sequence[Tensor]
 def evaluate(run: Run, setting: Setting) -> dict[str, float]:
     """`coherence` of a run on the setting's evaluation pairs; kept in the run's folder, by data and classifiers."""
     data = setting.digits.test
-    judges = {name: classifier(name, setting)[0] for name in data.names}
+    judges = {name: _judge(name, setting) for name in data.names}
     judged_by = "-".join(judge.info["hash"] for judge in judges.values())
+    models = {name: judge.model for name, judge in judges.items()}
     path = run.folder / f"coherence-{setting.evaluation}-{data.fingerprint}-{judged_by}.json"
+    return computed_once(path, lambda: coherence(run.model, data, models))
+
+
+def computed_once(path: Path, compute: Callable[[], dict]) -> dict:
+    """What `compute()` returns, kept as JSON at `path` and read from there the next time."""
     if not path.exists():
-        result = coherence(run.model, data, {name: judge.model for name, judge in judges.items()})
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(result))
+            temporary.write_text(json.dumps(compute()))
     return json.loads(path.read_text())

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dmvae_lib.data.flowers import FlowerData, load_flowers
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import Run, Setting, train_or_load
-from dmvae_lib.files import atomic_write
+from dmvae_lib.experiments import Run, Setting, computed_once, run_grid, train_or_load
 from dmvae_lib.models import flowers
 from dmvae_lib.profiles import Profile
 from dmvae_lib.retrieval import evaluate_retrieval
@@ -129,20 +126,14 @@ def run_flower(experiment: FlowerExperiment, seed: int, setting: Setting) -> Run
 
 def run_flower_grid(experiments: Sequence[FlowerExperiment], setting: Setting) -> dict[tuple[str, int], Run]:
     """`run_flower` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}."""
-    grid = [(experiment, seed) for experiment in experiments for seed in range(setting.seeds)]
-    bar = tqdm(grid, desc="flower runs", unit="run", leave=False, disable=len(grid) == 1)
-    return {(experiment.name, seed): run_flower(experiment, seed, setting) for experiment, seed in bar}
+    return run_grid(experiments, setting, run_flower)
 
 
 def evaluate_flowers(run: Run, setting: Setting) -> dict:
     """`evaluate_retrieval` of a run on the setting's evaluation classes; kept in the run's folder."""
     data = flower_data(setting).test
     path = run.folder / f"retrieval-{setting.evaluation}-{data.fingerprint}.json"
-    if not path.exists():
-        result = evaluate_retrieval(run.model, data)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(result))
-    found = json.loads(path.read_text())
+    found = computed_once(path, lambda: evaluate_retrieval(run.model, data))
     return found | {"ap50": found["ap"]}
 
 

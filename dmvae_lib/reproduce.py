@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds: 0, 1, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--data", default="data", help="folder of the data files")
-    parser.add_argument("--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/")
+    parser.add_argument(
+        "--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/"
+    )
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)

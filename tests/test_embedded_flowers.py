@@ -26,13 +26,7 @@ from dmvae_lib.errors import DMVAEError
 PLAIN = Flower("yellow", "eight", "long", "round", "brown", "large", "plain", "hidden")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many small operations: more threads are slower, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

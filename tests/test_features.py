@@ -22,13 +22,7 @@ SHORT = "a white flower"
 LONG = " ".join(["this flower has long pointed yellow petals and a large brown center"] * 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many small operations: more threads are slower, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

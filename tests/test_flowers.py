@@ -36,13 +36,7 @@ LABELS = [3, 3, 1, 4, 1, 2, 4, 2]  # of images 1 to 8
 LISTS = {"trainclasses.txt": (3, 4), "valclasses.txt": (1,), "testclasses.txt": (2,)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many small operations: more threads are slower, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def caption_file(root, number):
