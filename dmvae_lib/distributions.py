@@ -137,7 +137,11 @@ class Likelihood(NamedTuple):
 
 def bernoulli() -> Likelihood:
     """Bernoulli with logits; grey levels in [0, 1] count as probabilities, as in the paper's experiments."""
-    return Likelihood(lambda logits, x: x * logits - F.softplus(logits), torch.sigmoid, unit=True)
+
+    def log_prob(logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+
+    return Likelihood(log_prob, torch.sigmoid, unit=True)
 
 
 def gaussian(scale: float = 1.0) -> Likelihood:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import time
@@ -190,7 +191,9 @@ def build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
 def schedule(experiment: Experiment, profile: Profile) -> Schedule:
     """The profile's budget for the experiment: MMVAE, whose updates cost K times as much, has one of its own."""
     if experiment.model == "MMVAE":
-        return Schedule(profile.particle_steps, profile.particle_batch, profile.learning_rate)
+        decodings = len(NAMES) * profile.particles * profile.particle_batch
+        chunks = math.ceil(decodings / 1_000)  # some 0.5 GB of activations each; larger ones are slower on a CPU
+        return Schedule(profile.particle_steps, profile.particle_batch, profile.learning_rate, chunks=chunks)
     anneal = round(experiment.anneal * profile.steps)
     return Schedule(profile.steps, profile.batch_size, profile.learning_rate, anneal)
 

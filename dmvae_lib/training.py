@@ -25,7 +25,9 @@ class Schedule:
     """How long and how to train, with Adam.
 
     steps: updates in total; batch_size: pairs in each; anneal_steps: updates over which the weight of the KLs
-    rises linearly from 0 to 1 (0: it is 1 from the start); log_every: updates per row of the history.
+    rises linearly from 0 to 1 (0: it is 1 from the start); log_every: updates per row of the history; chunks: parts of
+    the batch that go through the model one after the other, to bound the memory; the gradient stays the batch's, for
+    an objective that is a mean over pairs.
     """
 
     steps: int
@@ -33,6 +35,7 @@ class Schedule:
     learning_rate: float = 1e-3
     anneal_steps: int = 0
     log_every: int = 20
+    chunks: int = 1
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -98,7 +101,7 @@ def train(
     model.to(device).train()
     data = data.to(device)
     labels = data.labels
-    optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate)
+    optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate, fused=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         step, rows = 0, []
@@ -112,12 +115,19 @@ def train(
             while step < schedule.steps:
                 rows_of_batch = next(stream)
                 beta = min(1.0, (step + 1) / schedule.anneal_steps) if schedule.anneal_steps else 1.0
-                terms = objective(model, data.batch(rows_of_batch), labels[rows_of_batch], beta)
                 optimiser.zero_grad(set_to_none=True)
-                terms.total.backward()
+                logged: dict[str, Tensor] = {}
+                for part in rows_of_batch.chunk(schedule.chunks):
+                    terms, share = (
+                        objective(model, data.batch(part), labels[part], beta),
+                        len(part) / len(rows_of_batch),
+                    )
+                    (share * terms.total).backward()
+                    for name, value in {"total": terms.total, **terms.parts}.items():
+                        logged[name] = logged.get(name, 0.0) + share * value.detach()
                 optimiser.step()
                 step += 1
-                pending.append({"total": terms.total.detach(), **{k: v.detach() for k, v in terms.parts.items()}})
+                pending.append(logged)
                 if len(pending) == schedule.log_every or step == schedule.steps:
                     rows.append(_summary(pending, step))
                     bar.update(len(pending))

@@ -253,6 +253,7 @@ IMAGES = {"mnist": torch.rand(2, 1, 28, 28), "svhn": torch.rand(2, 3, 32, 32)}
         (lambda m: m.infer({"mnist": torch.rand(2, 1, 32, 32)}), r"encoder of 'mnist' rejects .*\(2, 1, 32, 32\)"),
         (lambda m: m.infer({"mnist": 255 * IMAGES["mnist"]}), r"\[0, 1\].*divide"),
         (lambda m: m.infer({"mnist": (255 * IMAGES["mnist"]).byte()}), "dtype torch.uint8"),
+        (lambda m: m.infer({"mnist": torch.rand(2)}), r"shape \(2,\); expected \(B, ...\)"),
         (lambda m: m.infer({"svhn": IMAGES["svhn"] * torch.nan}), "'svhn' holds values that are not finite"),
         (lambda m: m.infer({"mnist": IMAGES["mnist"], "svhn": IMAGES["svhn"][:1]}), "same length.*2.*1"),
         (lambda m: m.loss({"mnist": IMAGES["mnist"]}), "lacks svhn"),

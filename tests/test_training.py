@@ -136,3 +136,21 @@ def test_bad_device_and_too_few_pairs():
             resolve_device(device)
     with pytest.raises(DMVAEError, match="fewer than one batch of 1000"):
         train(model(), data(), Schedule(steps=1, batch_size=1000), 0, "cpu")
+
+
+def test_chunks_of_a_batch_give_the_batchs_gradient_and_terms():
+    def squared(model, batch, labels, beta):
+        error = (model(batch["a"])[:, :4] - batch["b"]).square().sum(-1).mean()
+        return Terms(error, {"error": error})
+
+    def trained(chunks: int):
+        torch.manual_seed(0)
+        network = nn.Linear(6, 6)
+        history = train(
+            network, data(), Schedule(steps=12, batch_size=8, log_every=3, chunks=chunks), 0, "cpu", None, squared
+        )
+        return weights(network), history
+
+    (whole, expected), (parts, found) = trained(1), trained(3)  # 3 + 3 + 2 pairs
+    assert torch.allclose(whole, parts, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found.values), torch.tensor(expected.values), rtol=1e-5, atol=1e-6)

@@ -172,7 +172,7 @@ class MultimodalVAE(nn.Module):
                 f"decoder of {name!r} returns items of shape {tuple(params.shape[params.dim() - x.dim() + 1 :])}, "
                 f"the data has {tuple(x.shape[1:])}; both must be the same."
             )
-        return self.likelihoods[name].log_prob(params, x).flatten(params.dim() - x.dim() + 1).sum(-1)
+        return self.likelihoods[name].log_prob(params, x).sum(tuple(range(1 - x.dim(), 0)))
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, s) shared codes from the prior, N(0, I)."""
@@ -250,6 +250,8 @@ class MultimodalVAE(nn.Module):
 
     def _check(self, name: str, x: Tensor) -> None:
         self._known(name)
+        if x.dim() < 2:
+            raise DMVAEError(f"{name!r} has shape {tuple(x.shape)}; expected (B, ...): give single features as (B, 1).")
         if not x.is_floating_point():
             raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
         low, high = (bound.item() for bound in x.aminmax()) if x.numel() else (0.0, 0.0)
