@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test lab lock clean
+.PHONY: help setup reproduce notebooks test bench lab lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data]"
@@ -37,6 +37,9 @@ test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with 
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m dmvae_lib.reproduce --prepare build/nbval
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
+
+bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
+	$(BIN)/python -m dmvae_lib.benchmark --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
 
 lab: $(READY)  ## JupyterLab on the notebooks, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks

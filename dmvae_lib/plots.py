@@ -152,3 +152,16 @@ def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
             text = " ".join(w if blue is chosen else " " * len(w) for w, blue in line)
             y = 0.5 + 0.11 * (len(lines) / 2 - i)
             ax.text(0, y, text, family="monospace", fontsize=size, color=colour, transform=ax.transAxes, va="top")
+
+
+def benchmark_bars(table: pd.DataFrame) -> Figure:
+    """`benchmark.measure`'s pairs per second as bars, each with its share of the machine's matrix-product rate."""
+    figure, ax = plt.subplots(figsize=(6.0, 0.6 * len(table) + 1.1))
+    bars = ax.barh(table.index, table["pairs per second"], color=sns.color_palette("colorblind")[: len(table)])
+    ax.bar_label(bars, [f" {share:.0%}" for share in table["share of matmul rate"]], fontsize="small")
+    ax.set(xlabel="pairs per second (label: share of the matrix-product rate)")
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    sns.despine(ax=ax, left=True)
+    figure.tight_layout()
+    return figure

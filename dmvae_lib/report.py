@@ -89,7 +89,8 @@ def check(claims: Iterable[Claim], table: pd.DataFrame) -> pd.DataFrame:
 class Results:
     """Writes a notebook's artefacts to results/<profile>/, each with its entry in manifest.json.
 
-    In a profile that keeps no results (smoke) nothing is written.
+    notebook: its name, as in "03_table1", or the path of a script. In a profile that keeps no results (smoke) nothing
+    is written.
     """
 
     setting: Setting
@@ -140,7 +141,7 @@ class Results:
                 write(temporary)
         entry = {
             "caption": caption,
-            "notebook": f"notebooks/{self.notebook}.ipynb",
+            "notebook": self.notebook if "/" in self.notebook else f"notebooks/{self.notebook}.ipynb",
             "files": {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers},
             "runs": [
                 {

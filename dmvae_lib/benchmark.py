@@ -1,0 +1,270 @@
+"""`make bench`: how fast DMVAE trains here, beside other ways to train the same networks and the machine's own limits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_tensor
+from tqdm.auto import tqdm
+
+from dmvae_lib.data.pairing import PairedData
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.experiments import DMVAE_DIGITS, Setting, build, setting
+from dmvae_lib.models import DMVAE
+from dmvae_lib.plots import benchmark_bars
+from dmvae_lib.report import Results
+from dmvae_lib.training import Schedule, resolve_device, train
+
+STEPS, ROUNDS = 20, 5  # updates timed at a stretch; every contestant gets its stretch in each round
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device's queue, so that a clock read next tells the time of the work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work()` takes, with the device's queue empty before and after."""
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+# --- the contestants: each returns a function that makes STEPS updates with batches of batch_size ---------------------
+
+
+def ours(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], object]:
+    """This library's `train`."""
+    plan = Schedule(STEPS, batch_size)
+    return lambda: train(model, data, plan, device=device)
+
+
+class PairsOfImages(Dataset):
+    """The pairs as a data set of 8-bit images, each made a tensor when it is asked for, as torchvision's are."""
+
+    def __init__(self, data: PairedData, n: int):
+        rows = torch.arange(n) % len(data)
+        images = {name: (255 * x).round().byte().movedim(1, -1).squeeze(-1) for name, x in data.batch(rows).items()}
+        self.images = {name: x.cpu().numpy() for name, x in images.items()}
+        self.labels = data.labels[rows].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[dict[str, Tensor], int]:
+        pair = {name: to_tensor(Image.fromarray(np.asarray(images[row]))) for name, images in self.images.items()}
+        return pair, self.labels[row]
+
+
+def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], object]:
+    """A plain loop: one sample at a time through a data loader, one decoder pass per reconstruction, every term logged.
+
+    It computes Eq. 3 on the same networks, as the authors' release does it.
+    """
+    model.to(device).train()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    loader = DataLoader(PairsOfImages(data, STEPS * batch_size), batch_size, shuffle=True)
+
+    def loop() -> None:
+        log: dict[str, float] = {}
+        for batch, _ in tqdm(loader, leave=False):
+            batch = {name: x.to(device) for name, x in batch.items()}
+            posterior = model.infer(batch)
+            loss = 0.0
+            for target, x in batch.items():
+                private = posterior.private[target]
+                for source, shared in {"joint": posterior.joint, **posterior.shared}.items():
+                    logits = model.decode(target, private.rsample(), shared.rsample())
+                    error = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1).mean()
+                    terms = {
+                        "error": model.weights[target] * error,
+                        "private": private.kl().mean(),
+                        "shared": shared.kl().mean(),
+                    }
+                    loss = loss + sum(terms.values())
+                    for name, value in terms.items():
+                        log[f"{target}<-{source}/{name}"] = log.get(f"{target}<-{source}/{name}", 0.0) + value.item()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    return loop
+
+
+def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], object]:
+    """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks."""
+    trainer = multivae_trainer(model, data.batch(torch.arange(STEPS * batch_size) % len(data)), batch_size, device)
+    return lambda: trainer.train_step(1)
+
+
+def multivae_trainer(model: DMVAE, batch: dict[str, Tensor], batch_size: int, device: torch.device, **training: object):
+    """MultiVae's trainer for its own DMVAE around the model's encoders and decoders, on all pairs of `batch`.
+
+    training: further settings of its `BaseTrainerConfig`.
+    """
+    from multivae.data.datasets.base import MultimodalBaseDataset
+    from multivae.models import DMVAE as TheirDMVAE
+    from multivae.models import DMVAEConfig
+    from multivae.models.base import BaseDecoder, ModelOutput
+    from multivae.models.nn.base_architectures import BaseMultilatentEncoder
+    from multivae.trainers import BaseTrainer, BaseTrainerConfig
+
+    class Encoder(BaseMultilatentEncoder):
+        def __init__(self, name: str):
+            super().__init__()
+            self.network = model.encoders[name]
+            self.style_dim, self.latent_dim = model.private_dims[name], model.shared_dim
+
+        def forward(self, x: Tensor):
+            sizes = [self.style_dim, self.style_dim, self.latent_dim, self.latent_dim]
+            names = ("style_embedding", "style_log_covariance", "embedding", "log_covariance")
+            return ModelOutput(**dict(zip(names, self.network(x).split(sizes, -1))))
+
+    class Decoder(BaseDecoder):  # its code is [shared, private], ours [private, shared]
+        def __init__(self, name: str):
+            super().__init__()
+            self.network, self.latent_dim = model.decoders[name], model.private_dims[name] + model.shared_dim
+
+        def forward(self, z: Tensor):
+            return ModelOutput(reconstruction=self.network(z.roll(-model.shared_dim, -1)))
+
+    def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+    config = DMVAEConfig(
+        n_modalities=len(model.names),
+        latent_dim=model.shared_dim,
+        input_dims={name: tuple(batch[name].shape[1:]) for name in model.names},
+        modalities_specific_dim=model.private_dims,
+        decoders_dist=dict.fromkeys(model.names, "bernoulli"),
+        uses_likelihood_rescaling=True,
+        rescale_factors=model.weights,
+        beta=len(model.names),  # it counts KL(q(z_s | source) || p) once per source, Eq. 3 once per source and target
+    )
+    theirs = TheirDMVAE(config, {n: Encoder(n) for n in model.names}, {n: Decoder(n) for n in model.names})
+    theirs.recon_log_probs = dict.fromkeys(model.names, log_likelihood)  # its own "bernoulli" refuses grey levels
+    settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
+    plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)
+    return BaseTrainer(theirs, MultimodalBaseDataset({name: batch[name].cpu() for name in model.names}), None, plan)
+
+
+CONTESTANTS = {"dmvae_lib": ours, "plain data-loader loop": plain_loop, "MultiVae's trainer": multivae}
+
+
+# --- the limits ---------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(device: torch.device, n: int | None = None) -> float:
+    """FLOP per second of a float32 matrix product, the best of several; TF32 where torch is set to use it."""
+    n = n or (8_192 if device.type == "cuda" else 1_536)
+    a, b = torch.randn(2, n, n, device=device)
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 256 MiB reads and writes, the best of several."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def operations(model: DMVAE, batch: dict[str, Tensor]) -> int:
+    """Floating-point operations of the matrix products and convolutions of one update."""
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch).total.backward()
+    return counter.get_total_flops()
+
+
+# --- the measurement ----------------------------------------------------------------------------------------------
+
+
+def measure(place: Setting, steps_of: dict[str, Callable] = CONTESTANTS, rounds: int = ROUNDS) -> pd.DataFrame:
+    """A line per contestant: pairs_per_second (median over rounds), times_plain and times_multivae (median of the
+    rounds' ratios of ours to it), gflops, share_of_matmul; the limits are in `attrs`."""
+    device, batch_size, data = resolve_device(place.device), place.profile.batch_size, place.digits.train
+    made = {}
+    for name, contestant in steps_of.items():
+        torch.manual_seed(0)
+        with _silence():
+            made[name] = contestant(build(DMVAE_DIGITS, place.profile), data, batch_size, device)
+            made[name]()  # warm: allocations, choice of kernels
+    spent: dict[str, list[float]] = {name: [] for name in made}
+    rates = []
+    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+        rates.append(matmul_rate(device))
+        for name, work in made.items():
+            with _silence():
+                spent[name].append(seconds(work, device))
+    flops = operations(build(DMVAE_DIGITS, place.profile), data.batch(torch.arange(batch_size)))
+    rate = statistics.median(rates)
+    lines = []
+    for name, times in spent.items():
+        step = statistics.median(times) / STEPS
+        ahead = statistics.median(other / own for own, other in zip(spent["dmvae_lib"], times))
+        lines.append((name, batch_size / step, 1e3 * step, ahead, flops / step / 1e9, flops / step / rate))
+    columns = ["trainer", "pairs per second", "ms per update", "ours is faster by", "GFLOP/s", "share of matmul rate"]
+    table = pd.DataFrame(lines, columns=columns).set_index("trainer")
+    table.attrs = {"GFLOP per update": flops / 1e9, "matmul GFLOP/s": rate / 1e9, "copy GB/s": bandwidth(device) / 1e9}
+    return table
+
+
+@contextlib.contextmanager
+def _silence():
+    """Others' trainers print, log and draw bars; a table is all that is wanted here."""
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--profile", default="quick", help="whose digits, widths and batch size; quick, subset or paper"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--data", default="data", help="folder of the data files")
+    options = parser.parse_args()
+    try:
+        place = setting(options.profile, 1, options.device, options.data)
+        steps_of = dict(CONTESTANTS)
+        if find_spec("multivae") is None:
+            print("MultiVae is not installed and left out; `pip install multivae` brings it.", file=sys.stderr)
+            del steps_of["MultiVae's trainer"]
+        table = measure(place, steps_of)
+    except DMVAEError as error:
+        sys.exit(f"\n{error}")
+    limits = ", ".join(f"{name} {value:.1f}" for name, value in table.attrs.items())
+    device = resolve_device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    caption = f"Training DMVAE on {where} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of {STEPS} updates). {limits}."
+    results = Results(place, "dmvae_lib/benchmark.py")
+    results.frame("benchmark", table.round(3), caption)
+    results.figure("benchmark", benchmark_bars(table), caption)
+    print(f"{caption}\n{table.round(2).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
