@@ -16,19 +16,30 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dmvae_lib import networks
+from dmvae_lib import networks, training
 from dmvae_lib.data.digits import Digits, load_digits
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.distributions import laplace
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import atomic_write
+from dmvae_lib.files import (
+    atomic_write,
+    check_seal,
+    locked,
+    read_json,
+    remove_leftovers,
+    seal,
+    sha256,
+    verify,
+    write_json,
+)
 from dmvae_lib.metrics import cross_coherence, joint_coherence
 from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, MultimodalVAE, Terms
 from dmvae_lib.profiles import Profile, get_profile
+from dmvae_lib.source import source_digests
 from dmvae_lib.training import Schedule, model_objective, resolve_device, train
 
 NAMES = ("mnist", "svhn")
@@ -114,14 +125,17 @@ def setting(
 ) -> Setting:
     """The setting of a notebook; relative paths are relative to the project's folder.
 
-    Raises DMVAEError for an unknown profile or device, or no seed.
+    Raises DMVAEError for an unknown profile or device, for no seed, and for values of another kind.
     """
-    if not isinstance(seeds, int) or seeds < 1:
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise DMVAEError(f"seeds={seeds!r}; expected how many seeds to run, a whole number of at least 1.")
+    if not isinstance(data, (str, Path)) or "\0" in str(data):
+        raise DMVAEError(f"data={data!r}; expected the path of the folder that holds the data files.")
+    chosen = get_profile(profile)
     resolve_device(device)
     root = project_folder()
-    places = {"runs": root / "runs", "results": root / "results" / profile}
-    return Setting(get_profile(profile), seeds, device, root / data, evaluation=evaluation, **places)
+    places = {"runs": root / "runs", "results": root / "results" / chosen.name}
+    return Setting(chosen, seeds, device, root / data, evaluation=evaluation, **places)
 
 
 def project_folder() -> Path:
@@ -244,8 +258,13 @@ def train_or_load(
 
     fit: fits the model in closed form or by EM; it then takes the place of `train`, and the history is empty.
 
-    A finished run is loaded, an interrupted one goes on from its checkpoint. The hash covers the configuration, the
-    schedule, the data's fingerprint and the library's version (not its source: see `commit` in run.json).
+    A finished run is loaded, an interrupted one goes on from its checkpoint; while one process trains it, others wait.
+    The hash covers the configuration, the schedule, the data's fingerprint, the library's version and the source that
+    `make`, `objective` or `fit`, and the training reach (`source_digests`): after a change to any of it the run is
+    trained anew in a folder of its own, and the old one stays. Changes to comments, to tables' other rows, or to what
+    evaluates and reports leave it as it is.
+
+    Raises DMVAEError for a run whose files are not, byte for byte, those that were written.
     """
     config = config | {
         "name": name,
@@ -253,38 +272,53 @@ def train_or_load(
         "schedule": asdict(plan),
         "data": data.fingerprint,
         "library": version("dmvae_lib"),
+        "code": source_digests(make, fit or objective, training),
     }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    config = json.loads(json.dumps(config))  # as run.json will give it back
+    digest = configuration_hash(config)
     folder = setting.runs / setting.profile.name / name / f"seed{seed}-{digest}"
     device = resolve_device(setting.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = make()
-    weights, record = folder / "model.safetensors", folder / "run.json"
+    weights, table, record = folder / "model.safetensors", folder / "history.csv", folder / "run.json"
     if not record.exists():  # written last: a run without it is not finished
-        started = time.monotonic()
-        if fit is None:
-            history = train(model, data, plan, seed, device, folder, objective, f"{name}, seed {seed}")
-        else:
-            fit(model)
-            history = pd.DataFrame(index=pd.Index([], name="step"))
-        with atomic_write(weights) as temporary:
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-        with atomic_write(folder / "history.csv") as temporary:
-            history.to_csv(temporary)
-        info = {"config": config, "hash": digest, "seconds": round(time.monotonic() - started, 1)} | provenance(device)
-        with atomic_write(record) as temporary:
-            temporary.write_text(json.dumps(info, indent=1))
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        with locked(folder, f"training {name}, seed {seed}"):
+            if not record.exists():
+                remove_leftovers(folder)
+                started = time.monotonic()
+                if fit is None:
+                    description = f"{name}, seed {seed}"
+                    history = train(model, data, plan, seed, device, folder, objective, description, identity=digest)
+                else:
+                    fit(model)
+                    history = pd.DataFrame(index=pd.Index([], name="step"))
+                seconds = history.attrs.get("seconds", time.monotonic() - started)  # of all parts of a resumed run
+                with atomic_write(weights) as temporary:
+                    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+                with atomic_write(table) as temporary:
+                    history.to_csv(temporary)
+                info = {"config": config, "hash": digest, "seconds": round(seconds, 1)}
+                info |= {"files": {path.name: sha256(path) for path in (weights, table)}} | provenance(device)
+                write_json(record, seal(info))
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+    repair = f"Delete the folder {folder} to train it anew."
+    info = check_seal(read_json(record, repair), str(record), repair)
+    if info["config"] != config:
+        raise DMVAEError(f"{record} is another run's, {info['config']['name']} with hash {info['hash']}. {repair}")
+    verify(weights, info["files"][weights.name], repair)
+    verify(table, info["files"][table.name], repair)
     try:
-        info = json.loads(record.read_text())
-        model.load_state_dict(load_file(weights, device=str(device)))
-        history = pd.read_csv(folder / "history.csv", index_col="step")
-    except Exception as error:  # truncated or foreign files: each reader raises its own kind
-        raise DMVAEError(
-            f"run {folder} cannot be read ({type(error).__name__}: {error}); delete that folder to train it anew."
-        ) from error
+        model.load_state_dict(load(weights.read_bytes()))
+        history = pd.read_csv(table, index_col="step")
+    except Exception as error:  # verified, so written by another version of safetensors or pandas
+        raise DMVAEError(f"run {folder} cannot be read ({type(error).__name__}: {error}). {repair}") from error
     return Run(model.to(device).eval(), history, folder, info)
+
+
+def configuration_hash(config: dict) -> str:
+    """12 hexadecimal digits by which a run's folder and the manifest name its configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def provenance(device: torch.device) -> dict:
@@ -398,8 +432,26 @@ def evaluate(run: Run, setting: Setting) -> dict[str, float]:
 
 
 def computed_once(path: Path, compute: Callable[[], dict]) -> dict:
-    """What `compute()` returns, kept as JSON at `path` and read from there the next time."""
+    """What `compute()` returns, kept as JSON at `path` and read from there the next time.
+
+    It is computed anew when the source that `compute` reaches has changed since (`source_digests`). What the path's
+    name does not say, and the source does not, must not matter. Raises DMVAEError for a file that is damaged, or was
+    put there from elsewhere.
+    """
+    about = {"about": f"{path.parent.name}/{path.name}", "code": source_digests(compute)}
+    if (kept := _kept(path, about)) is None:
+        with locked(path.parent, f"computing {path.name}"):
+            if (kept := _kept(path, about)) is None:
+                kept = seal(about | {"value": compute()})
+                write_json(path, kept)
+    return kept["value"]
+
+
+def _kept(path: Path, about: dict) -> dict | None:
     if not path.exists():
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(compute()))
-    return json.loads(path.read_text())
+        return None
+    repair = "Delete it; it is computed anew."
+    kept = check_seal(read_json(path, repair), str(path), repair)
+    if kept["about"] != about["about"]:
+        raise DMVAEError(f"{path} was made as {kept['about']}, for another run or data. {repair}")
+    return kept if kept["code"] == about["code"] else None

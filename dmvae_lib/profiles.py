@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from dmvae_lib.errors import DMVAEError
@@ -116,15 +117,13 @@ def get_profile(name: str) -> Profile:
 
     Raises DMVAEError for any other name and for a share that is not in (0, 1].
     """
-    base, _, share = name.partition("@")
+    base, at, share = name.partition("@") if isinstance(name, str) else ("", "", "")
     if base not in PROFILES:
         raise DMVAEError(f"unknown profile {name!r}; expected one of {', '.join(PROFILES)} (quick needs no download).")
-    if not share:
+    if not at:
         return PROFILES[base]
-    try:
-        part = float(share)
-    except ValueError:
-        part = 0.0
+    # Digits alone: the name becomes a folder's, and float() would take " 1", "1_0" and "nan" too.
+    part = float(share) if re.fullmatch(r"[0-9]*\.?[0-9]+(e-[0-9]+)?", share, re.ASCII) else 0.0
     if not 0 < part <= 1:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."

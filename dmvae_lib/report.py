@@ -6,15 +6,28 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dmvae_lib import analysis
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import Run, Setting, provenance
-from dmvae_lib.files import atomic_write, sha256
+from dmvae_lib.experiments import Run, Setting, coherence, configuration_hash, provenance
+from dmvae_lib.files import (
+    atomic_write,
+    check_seal,
+    locked,
+    read_json,
+    remove_leftovers,
+    seal,
+    sha256,
+    write_json,
+)
 from dmvae_lib.paper import Claim
+from dmvae_lib.retrieval import evaluate_retrieval
+from dmvae_lib.source import changed, python_digest, source_digests
 from dmvae_lib.training import resolve_device
 
 MEASURES = {
@@ -90,7 +103,7 @@ class Results:
     """Writes a notebook's artefacts to results/<profile>/, each with its entry in manifest.json.
 
     notebook: its name, as in "03_table1", or the path of a script. In a profile that keeps no results (smoke) nothing
-    is written.
+    is written. Raises DMVAEError for runs that the library as it is would not make, and for a manifest that is damaged.
     """
 
     setting: Setting
@@ -136,37 +149,113 @@ class Results:
         if not self.setting.profile.writes_results:
             return
         folder, runs = self.setting.results, list(runs)
-        for suffix, write in writers.items():
-            with atomic_write(folder / f"{name}.{suffix}") as temporary:
-                write(temporary)
-        entry = {
-            "caption": caption,
-            "notebook": self.notebook if "/" in self.notebook else f"notebooks/{self.notebook}.ipynb",
-            "files": {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers},
-            "runs": [
-                {
-                    "name": made.info["config"]["name"],
-                    "seed": made.info["config"]["seed"],
-                    "configuration": made.info["hash"],
-                    "data": made.info["config"]["data"],
-                    "commit": made.info["commit"],
-                    "device": made.info["device"],
-                    "seconds": made.info["seconds"],
-                }
-                for made in runs
-            ],
-            "made": provenance(resolve_device(self.setting.device)),
-        }
-        path = folder / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.exists() else {}
-        manifest[name] = entry
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(dict(sorted(manifest.items())), indent=1) + "\n")
-        configurations = folder / "configurations.json"
-        known = json.loads(configurations.read_text()) if configurations.exists() else {}
-        known |= {made.info["hash"]: made.info["config"] for made in runs}
-        with atomic_write(configurations) as temporary:
-            temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        made_by = self.notebook if "/" in self.notebook else f"notebooks/{self.notebook}.ipynb"
+        for made in runs:
+            if other := changed(made.info["config"]["code"]):
+                raise DMVAEError(
+                    f"{name}: run {made.folder} was trained by another state of {', '.join(other)}; load it by `run`, "
+                    "which trains it anew."
+                )
+        with locked(folder, "writing results"):
+            remove_leftovers(folder)
+            for suffix, write in writers.items():
+                with atomic_write(folder / f"{name}.{suffix}") as temporary:
+                    write(temporary)
+            entry = {
+                "caption": caption,
+                "notebook": made_by,
+                "files": {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers},
+                "runs": [
+                    {
+                        "name": made.info["config"]["name"],
+                        "seed": made.info["config"]["seed"],
+                        "configuration": made.info["hash"],
+                        "data": made.info["config"]["data"],
+                        "commit": made.info["commit"],
+                        "device": made.info["device"],
+                        "seconds": made.info["seconds"],
+                    }
+                    for made in runs
+                ],
+                "code": source_digests(coherence, evaluate_retrieval, analysis),
+                "cells": _cells(folder.parents[1] / made_by),
+                "made": provenance(resolve_device(self.setting.device)),
+            }
+            manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+            write_json(folder / "manifest.json", dict(sorted((manifest | {name: seal(entry)}).items())))
+            known = _configurations(folder) | {made.info["hash"]: made.info["config"] for made in runs}
+            write_json(folder / "configurations.json", dict(sorted(known.items())))
+
+
+REPAIR = "Restore it by git, or delete it and run `make reproduce`."
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """{artefact: its entry} of a profile's results. Raises DMVAEError for entries that are not as they were written."""
+    path = folder / "manifest.json"
+    manifest = read_json(path, REPAIR)
+    for name, entry in manifest.items():
+        if isinstance(entry, dict) and "code" in entry:  # those without are older than seals
+            check_seal(entry, f"{path}, entry {name!r},", REPAIR)
+    return manifest
+
+
+def _configurations(folder: Path) -> dict[str, dict]:
+    path = folder / "configurations.json"
+    known = read_json(path, REPAIR) if path.exists() else {}
+    for name, config in known.items():
+        if configuration_hash(config) != name:
+            raise DMVAEError(f"{path} is damaged: {name} is not its configuration's hash. {REPAIR}")
+    return known
+
+
+def _cells(notebook: Path) -> str:
+    """A digest of a notebook's code without its parameters, or of a script's; "" where there is none."""
+    if not notebook.exists():
+        return ""
+    text = notebook.read_text(encoding="utf-8")
+    if notebook.suffix == ".py":
+        return python_digest(text)
+    cells = json.loads(text)["cells"]
+    given = {"parameters", "injected-parameters"}
+    code = [cell for cell in cells if cell["cell_type"] == "code" and not given & {*cell["metadata"].get("tags", [])}]
+    return python_digest("\n".join(python_digest("".join(cell["source"])) for cell in code))
+
+
+def stale(folder: Path) -> dict[str, list[str]]:
+    """{artefact: what has changed since it was made} of a profile's results; artefacts that are up to date have [].
+
+    Looked at are the artefact's own files, the library's version, the source of its runs and of their evaluation, its
+    notebook, and whether a newer artefact used the same run under another configuration.
+    """
+    manifest, configurations = read_manifest(folder), _configurations(folder)
+    newest: dict[tuple[str, int], tuple[str, str]] = {}
+    for entry in manifest.values():
+        for run in entry["runs"]:
+            key = run["name"], run["seed"]
+            newest[key] = max(newest.get(key, ("", "")), (entry["made"]["finished"], run["configuration"]))
+    found = {}
+    for name, entry in manifest.items():
+        whys = [f"`{file}`" for file, digest in entry["files"].items() if not _is(folder / file, digest)]
+        then, now = entry["made"]["packages"]["dmvae_lib"], version("dmvae_lib")
+        whys += [f"version {then} of the library, now {now}"] * (then != now)
+        sources = set(changed(entry.get("code", {})))
+        for run in entry["runs"]:
+            config = configurations.get(run["configuration"], {})
+            sources |= set(changed(config.get("code", {})))
+            if newest[run["name"], run["seed"]][1] != run["configuration"]:
+                whys.append(f"run {run['name']}, seed {run['seed']}")
+        whys += [f"`{source}`" for source in sorted(sources)]
+        if "code" not in entry:
+            whys.append("the source, which was not recorded then")
+        elif entry["cells"] != _cells(folder.parents[1] / entry["notebook"]):
+            whys.append(f"`{entry['notebook']}`")
+        found[name] = whys
+    return found
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
 
 
 def _latex(text: str) -> str:
@@ -180,20 +269,24 @@ def _text_writer(text: str):
 
 
 def index(results: Path) -> str:
-    """results/README.md: every table and figure of every profile, shown, with where it came from."""
+    """results/README.md: every table and figure of every profile, shown, with where it came from, or that it is stale."""
     lines = [
         "# Results",
         "",
         "Every table and figure of the paper, regenerated. One folder is one profile (its data and budget); a folder",
         "never mixes profiles. `manifest.json` names for each artefact the notebook, runs, seeds, data and commit;",
-        "`configurations.json` holds each run's full configuration. This page is generated by `make reproduce`.",
+        "`configurations.json` holds each run's full configuration. This page is generated by `make reproduce`, which",
+        "marks as stale what an earlier state of the library or of a notebook made.",
     ]
     for manifest in sorted(results.glob("*/manifest.json")):
         profile = manifest.parent.name
         lines += ["", f"## Profile `{profile}`"]
-        for name, entry in json.loads(manifest.read_text()).items():
+        outdated = stale(manifest.parent)
+        for name, entry in read_manifest(manifest.parent).items():
             files = ", ".join(f"[{file}]({profile}/{file})" for file in entry["files"])
             lines += ["", f"### {name}", "", entry["caption"], ""]
+            if outdated[name]:
+                lines += [_mark(outdated[name]), ""]
             if f"{name}.png" in entry["files"]:
                 lines += [f"![{name}]({profile}/{name}.png)", ""]
             if f"{name}.md" in entry["files"]:
@@ -210,18 +303,24 @@ def index(results: Path) -> str:
     return text
 
 
+def _mark(whys: list[str]) -> str:
+    return f"**Stale**: changed since: {', '.join(whys)}. `make reproduce` makes it anew."
+
+
 def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1", "table2", "table3")) -> None:
     """Puts the tables of every profile between the README's result marks, so that they cannot drift from results/."""
     text = readme.read_text()
     start, end = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
     if start not in text or end not in text:
         raise DMVAEError(f"{readme} lacks the marks {start!r} and {end!r}; put them back where the tables belong.")
-    found = [
-        path
-        for manifest in sorted(results.glob("*/manifest.json"))
-        for path in map(manifest.with_name, map("{}.md".format, tables))
-        if path.exists()
-    ]
-    body = "\n".join(path.read_text() for path in found)
+    found = []
+    for manifest in sorted(results.glob("*/manifest.json")):
+        outdated = stale(manifest.parent)
+        for name in tables:
+            path = manifest.with_name(f"{name}.md")
+            if path.exists():
+                mark = f"\n{_mark(outdated[name])}\n" if outdated.get(name, ["no entry in manifest.json"]) else ""
+                found.append(path.read_text() + mark)
+    body = "\n".join(found)
     with atomic_write(readme) as temporary:
         temporary.write_text(f"{text[: text.index(start)]}{start}\n\n{body}\n{text[text.index(end) :]}")

@@ -15,8 +15,8 @@ import papermill
 from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier, project_folder, run_grid, setting
-from dmvae_lib.files import atomic_write
+from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, Setting, classifier, project_folder, run_grid, setting
+from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower_grid
 from dmvae_lib.report import index, readme_tables
 
@@ -62,7 +62,11 @@ def _is_progress(output: nbformat.NotebookNode) -> bool:
 
 def prepare(folder: Path) -> None:
     """Copies of the notebooks set to profile smoke, with their committed outputs, for nbval to run and compare."""
-    shutil.rmtree(project_folder() / "runs" / "smoke", ignore_errors=True)  # so that the notebooks train anew
+    runs = project_folder() / "runs" / "smoke"
+    with locked(runs, "make reproduce PROFILE=smoke"):
+        for path in runs.iterdir():  # so that the notebooks train anew
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.ipynb"):
         stale.unlink()
@@ -72,8 +76,16 @@ def prepare(folder: Path) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> None:
-    """Trains every experiment (so that progress shows here), then executes every notebook on the trained runs."""
+    """Trains every experiment (so that progress shows here), then executes every notebook on the trained runs.
+
+    Killed at any point and called again, it ends with the same results; a second call at the same time waits.
+    """
     place = setting(options.profile, options.seeds, options.device, options.data)
+    with locked(place.runs / place.profile.name, f"make reproduce PROFILE={place.profile.name}"):
+        _reproduce(place, options)
+
+
+def _reproduce(place: Setting, options: argparse.Namespace) -> None:
     flower_data(place)  # first what may be missing, then what takes long
     for name in place.digits.train.names:
         classifier(name, place)
@@ -86,6 +98,7 @@ def reproduce(options: argparse.Namespace) -> None:
     bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
     keeps = place.profile.writes_results
     executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
+    remove_leftovers(executed)
     for source in bar:
         bar.set_postfix_str(source.stem)
         execute(source, executed / source.name, parameters)
@@ -117,7 +130,8 @@ def main() -> None:
         elif options.in_place:
             reproduce(argparse.Namespace(**DEFAULTS))
             for source in notebooks():
-                shutil.copyfile(project_folder() / "results" / "quick" / "notebooks" / source.name, source)
+                with atomic_write(source) as temporary:
+                    shutil.copyfile(project_folder() / "results" / "quick" / "notebooks" / source.name, temporary)
         else:
             reproduce(options)
     except (DMVAEError, papermill.PapermillExecutionError) as error:

@@ -44,7 +44,9 @@ def test_a_damaged_run_is_named(place):
     made = ex.run(ex.DMVAE_DIGITS, 5, place)
     weights = made.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(DMVAEError, match=r"run .*seed5.* cannot be read.*delete that folder"):
+    with pytest.raises(
+        DMVAEError, match=r"seed5.*model.safetensors .*SHA-256.*Delete the folder .*seed5.* to train it anew"
+    ):
         ex.run(ex.DMVAE_DIGITS, 5, place)
 
 
@@ -104,7 +106,7 @@ def test_table_beside_the_paper_and_its_manifest(place, tmp_path):
     keeping = replace(place, profile=replace(place.profile, writes_results=True), results=tmp_path / "quick")
     Results(keeping, "03_table1").table("table1", table, "Table 1.", [made])
     assert {path.name for path in keeping.results.iterdir()} == {
-        *("table1.csv", "table1.md", "table1.tex", "manifest.json", "configurations.json")
+        *("table1.csv", "table1.md", "table1.tex", "manifest.json", "configurations.json", ".lock")
     }
     entry = json.loads((keeping.results / "manifest.json").read_text())["table1"]
     assert entry["runs"][0]["configuration"] == made.info["hash"] and entry["notebook"] == "notebooks/03_table1.ipynb"

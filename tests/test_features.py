@@ -64,7 +64,7 @@ def embed(captions, model="small-bert", **options):
 
 
 def files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 # --- captions ----------------------------------------------------------------------------------------------------

@@ -126,7 +126,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in (b"", b"not a checkpoint"):
         path.write_bytes(content)
-        with pytest.raises(DMVAEError, match="checkpoint.pt cannot be read.*delete it"):
+        with pytest.raises(
+            DMVAEError, match="checkpoint.pt .* is truncated or damaged.*Delete it to train this run anew"
+        ):
             train(model(), data(), PLAN, 0, "cpu", tmp_path)
 
 

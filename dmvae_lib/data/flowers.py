@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from dmvae_lib.data.embedded_flowers import drawn_flowers, flower_classes
 from dmvae_lib.data.features import decode_image, image_features, token_embeddings
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import fetch, verify
+from dmvae_lib.files import fetch, verify, verify_unchanged
 
 CAPTIONS = 10  # of each image
 SPLITS = ("train", "validation", "test")
@@ -32,6 +33,12 @@ NETWORKS = {  # source -> image backbone, text model
 }
 CLASS_LISTS = {"train": "trainclasses.txt", "validation": "valclasses.txt", "test": "testclasses.txt"}
 CAPTION_FOLDER = "cvpr2016_flowers"
+UNPUBLISHED = (  # files whose publishers give no checksums of their own
+    "flowers-102/jpg/*.jpg",
+    f"{CAPTION_FOLDER}/*.txt",
+    f"{CAPTION_FOLDER}/text_c10/*/*.txt",
+    "weights/squeezenet1_0-imagenet.safetensors",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +133,11 @@ def load_flowers(
     evaluation: "test", or "validation": `test` is then the validation classes and the test classes are not loaded, for
         choices that must not see them.
 
+    Images, captions and lists are held to root/MANIFEST.sha256, where there is one, else to what they were when `cache`
+    was first used (`verify_unchanged`).
+
     Raises DMVAEError for an unknown source or evaluation, and for images, captions, class lists or weights that are
-    missing, damaged or do not fit together.
+    missing, damaged, changed, or do not fit together.
     """
     if source not in NETWORKS:
         raise DMVAEError(f"load_flowers: unknown source {source!r}; expected one of {', '.join(NETWORKS)}.")
@@ -139,6 +149,8 @@ def load_flowers(
     else:
         if source == "full":
             _download_images(root)
+        place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+        verify_unchanged(root, UNPUBLISHED, None if cache is None else Path(cache, f"oxford-{place}.sha256"))
         flowers = load_oxford(root)
     backbone, text_model = NETWORKS[source]
     weights = root / "weights" / "squeezenet1_0-imagenet.safetensors" if source == "subset" else None
@@ -321,13 +333,20 @@ def fetch_captions(url: str, sha256: str, root: str | os.PathLike) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".unpack-") as folder:
             with tarfile.open(archive) as file:
-                file.extractall(folder, filter="data")
+                file.extractall(folder, filter=_plain_files)
             os.replace(Path(folder, CAPTION_FOLDER), target)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DMVAEError(
             f"{archive} cannot be unpacked as {target} ({error}); expected a tar archive of a folder {CAPTION_FOLDER}."
         ) from error
     return target
+
+
+def _plain_files(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """tarfile's data filter, which keeps members inside the folder, without the links that it lets through."""
+    if not (member.isfile() or member.isdir()):
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, folder)
 
 
 def _download_images(root: Path) -> None:
