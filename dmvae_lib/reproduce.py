@@ -82,16 +82,22 @@ def reproduce(options: argparse.Namespace) -> None:
     """
     place = setting(options.profile, options.seeds, options.device, options.data)
     with locked(place.runs / place.profile.name, f"make reproduce PROFILE={place.profile.name}"):
-        _reproduce(place, options)
+        train_all(place)
+        execute_all(place, options)
 
 
-def _reproduce(place: Setting, options: argparse.Namespace) -> None:
+def train_all(place: Setting) -> None:
+    """Every run that a notebook shows."""
     flower_data(place)  # first what may be missing, then what takes long
     for name in place.digits.train.names:
         classifier(name, place)
     run_grid(DIGITS, place)
     run_grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3)))  # notebook 09 shows the spread
     run_flower_grid(FLOWERS, place)
+
+
+def execute_all(place: Setting, options: argparse.Namespace) -> None:
+    """Every notebook in order, then the pages that show what they made."""
     # A notebook's own defaults need no parameters cell from outside: so run, it is the notebook as it is committed.
     chosen = {name: getattr(options, name) for name in DEFAULTS}
     parameters = {name: value for name, value in chosen.items() if value != DEFAULTS[name]}
