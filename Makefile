@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test bench lab lock clean
+.PHONY: help setup reproduce notebooks test bench stress lab lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data]"
@@ -42,6 +42,11 @@ bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers
 	$(BIN)/python -m dmvae_lib.benchmark --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
 
 lab: $(READY)  ## JupyterLab on the notebooks, on this machine only
+
+stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --write docs/trust.md
+
+lab: $(READY)  ## JupyterLab on the notebooks, for this machine only and with a token
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
 lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -30,6 +30,7 @@ from dmvae_lib.files import (
     check_seal,
     locked,
     read_json,
+    remove,
     remove_leftovers,
     seal,
     sha256,
@@ -294,14 +295,14 @@ def train_or_load(
                     fit(model)
                     history = pd.DataFrame(index=pd.Index([], name="step"))
                 seconds = history.attrs.get("seconds", time.monotonic() - started)  # of all parts of a resumed run
-                with atomic_write(weights) as temporary:
-                    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+                with atomic_write(weights) as temporary:  # safetensors' own writer hides a full disk's errno
+                    temporary.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}))
                 with atomic_write(table) as temporary:
                     history.to_csv(temporary)
                 info = {"config": config, "hash": digest, "seconds": round(seconds, 1)}
                 info |= {"files": {path.name: sha256(path) for path in (weights, table)}} | provenance(device)
                 write_json(record, seal(info))
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
+    remove(folder / "checkpoint.pt")
     repair = f"Delete the folder {folder} to train it anew."
     info = check_seal(read_json(record, repair), str(record), repair)
     if info["config"] != config:

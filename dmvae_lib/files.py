@@ -63,7 +63,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             raise
         raise DMVAEError(f"cannot write {path}: {FOLDER_ERRORS[error.errno]}, then run again ({error}).") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -81,7 +81,7 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes the temporary files that killed processes left in a folder; hold its lock, so that none is in use."""
     for path in Path(folder).glob(".*-????????*"):
         if re.fullmatch(r"\..+-[0-9a-f]{8}(\.\w+)?", path.name):
-            _remove(path)
+            remove(path)
 
 
 @contextmanager
@@ -113,7 +113,8 @@ def locked(folder: str | os.PathLike, work: str) -> Iterator[None]:
         lock.release()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file if it is there and may be removed."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

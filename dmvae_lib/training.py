@@ -202,10 +202,10 @@ def _summary(pending: list[dict[str, Tensor]], step: int) -> dict[str, float]:
     if not finite.all():
         first = int((~finite).any(1).nonzero()[0])
         bad = ", ".join(name for name, good in zip(names, finite[first]) if not good)
-        every = "" if finite[first].any() else " (every term: perhaps a gradient of the step before was not)"
         raise DMVAEError(
-            f"step {step - len(pending) + first + 1}: not finite: {bad}{every}. A checkpoint from before, if one was "
-            "written, is kept; lower the learning rate, or look at the data and likelihood of that term."
+            f"step {step - len(pending) + first + 1}: not finite: {bad}. A checkpoint from before, if one was written, is "
+            "kept; lower the learning rate, or look at the data and likelihood of that term and at the gradient of the "
+            "step before."
         )
     return {"step": step, **dict(zip(names, values.mean(0).tolist()))}
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -448,7 +448,7 @@ def _in_shards(
                     "about": json.dumps(about),
                 }
                 with atomic_write(path) as temporary:
-                    save_file({"features": values.contiguous()}, temporary, header)
+                    temporary.write_bytes(save({"features": values.contiguous()}, header))
     return out
 
 
