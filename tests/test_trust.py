@@ -394,7 +394,7 @@ def test_cached_torchvision_weights_that_are_damaged_are_refused(tmp_path, monke
         features.image_features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "squeezenet1_0", progress=False)
 
 
-@given(st.one_of(st.text(), st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()))
+@given(st.one_of(st.text(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()))
 def test_notebook_parameters_are_values_not_code(value):
     names = ("profile", "seeds", "device", "data")
     text = PythonTranslator.codify(dict.fromkeys(names, value), "Parameters")
