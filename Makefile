@@ -41,8 +41,6 @@ test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
 	$(BIN)/python -m dmvae_lib.benchmark --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
 
-lab: $(READY)  ## JupyterLab on the notebooks, on this machine only
-
 stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --write docs/trust.md
 

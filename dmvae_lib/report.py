@@ -241,8 +241,9 @@ def stale(folder: Path) -> dict[str, list[str]]:
         whys += [f"version {then} of the library, now {now}"] * (then != now)
         sources = set(changed(entry.get("code", {})))
         for run in entry["runs"]:
-            config = configurations.get(run["configuration"], {})
-            sources |= set(changed(config.get("code", {})))
+            config = configurations.get(run["configuration"])
+            whys += [f"configuration {run['configuration']}, which is missing"] * (config is None)
+            sources |= set(changed((config or {}).get("code", {})))
             if newest[run["name"], run["seed"]][1] != run["configuration"]:
                 whys.append(f"run {run['name']}, seed {run['seed']}")
         whys += [f"`{source}`" for source in sorted(sources)]
