@@ -321,29 +321,32 @@ def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tup
     process = begin(small_project(folder / "undisturbed"))
     errors = process.communicate()[1]
     assert process.returncode == 0, errors.decode()
-    whole, expected, place = time.monotonic() - begun, results(folder / "undisturbed"), small_project(folder / "killed")
-    tried = 0
+    whole, expected = time.monotonic() - begun, results(folder / "undisturbed")
+    tried = lost = round_ = 0
     while tried < tries:
-        process = begin(place)
-        try:
-            process.communicate(timeout=chance.uniform(0.2, 1) * whole)
-            break
-        except subprocess.TimeoutExpired:
-            number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            # A scheduler signals all of a job's processes, a kernel short of memory one of them.
-            (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, number)
-            process.communicate()
-            tried += 1
-    process = begin(place)
-    process.communicate()
-    return tried, tried if process.returncode or results(place) != expected else 0
+        place, in_this = small_project(folder / str(round_)), 0
+        round_ += 1
+        while True:
+            process = begin(place)
+            try:
+                process.communicate(timeout=None if tried >= tries else chance.uniform(0.1, 0.9) * whole)
+                break
+            except subprocess.TimeoutExpired:
+                number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+                # A scheduler signals all of a job's processes, a kernel short of memory one of them.
+                (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, number)
+                process.communicate()
+                tried, in_this = tried + 1, in_this + 1
+        lost += in_this if process.returncode or results(place) != expected else 0
+    return tried, lost
 
 
 # --- corruption ----------------------------------------------------------------------------------------------------
 
 
 def damage(content: bytes, others: list[bytes], chance: random.Random) -> bytes:
-    kinds = ["truncate", "flip", "flip", "empty", "overwrite"] + ["swap"] * bool(others)
+    digits_at = [place for place, byte in enumerate(content) if 48 <= byte < 58]
+    kinds = ["truncate", "flip", "flip", "empty", "overwrite"] + ["swap"] * bool(others) + ["digit"] * bool(digits_at)
     match chance.choice(kinds):
         case "truncate":
             return content[: chance.randrange(len(content))]
@@ -351,6 +354,13 @@ def damage(content: bytes, others: list[bytes], chance: random.Random) -> bytes:
             damaged = bytearray(content)
             damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
             return bytes(damaged)
+        case "digit":  # what turns one number into another, and leaves the file one that can be read
+            place = chance.choice(digits_at)
+            return (
+                content[:place]
+                + str((content[place] - 48 + chance.randrange(1, 10)) % 10).encode()
+                + content[place + 1 :]
+            )
         case "overwrite":
             first = chance.randrange(len(content))
             return content[:first] + bytes(min(512, len(content) - first)) + content[first + 512 :]
@@ -718,6 +728,8 @@ def main() -> None:
         return reproduce_once()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     chosen = {name: fault for name, fault in FAULTS_OF.items() if re.search(options.only, name)}
+    if not chosen:
+        parser.error(f"no fault's description fits {options.only!r}")
     lines = ["| fault | tried | held | lost |", "|---|---|---|---|"]
     totals = [0, 0]
     print(f"seed {seed}", flush=True)
