@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dmvae_lib import networks, training
+from dmvae_lib import networks
 from dmvae_lib.data.digits import Digits, load_digits
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.distributions import laplace
@@ -234,7 +234,7 @@ def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     }
     if experiment.model == "MMVAE":
         config["particles"] = profile.particles
-    return train_or_load(lambda: build(experiment, profile), data, plan, seed, setting, experiment.name, config)
+    return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, experiment.name, config)
 
 
 def run_grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> dict[tuple[str, int], Run]:
@@ -260,9 +260,9 @@ def train_or_load(
     fit: fits the model in closed form or by EM; it then takes the place of `train`, and the history is empty.
 
     A finished run is loaded, an interrupted one goes on from its checkpoint; while one process trains it, others wait.
-    The hash covers the configuration, the schedule, the data's fingerprint, the library's version and the source that
-    `make`, `objective` or `fit`, and the training reach (`source_digests`): after a change to any of it the run is
-    trained anew in a folder of its own, and the old one stays. Changes to comments, to tables' other rows, or to what
+    The hash covers the configuration, the schedule, the data's fingerprint, the library's version, and the source of
+    the model, the training, `make` and `objective` or `fit` (`source_digests`): after a change to any of it the run is
+    trained anew in a folder of its own, and the old one stays. Changes to comments, to tables' rows, or to what
     evaluates and reports leave it as it is.
 
     Raises DMVAEError for a run whose files are not, byte for byte, those that were written.
@@ -273,15 +273,16 @@ def train_or_load(
         "schedule": asdict(plan),
         "data": data.fingerprint,
         "library": version("dmvae_lib"),
-        "code": source_digests(make, fit or objective, training),
     }
-    config = json.loads(json.dumps(config))  # as run.json will give it back
-    digest = configuration_hash(config)
-    folder = setting.runs / setting.profile.name / name / f"seed{seed}-{digest}"
     device = resolve_device(setting.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = make()
+    parts = {type(part) for part in model.modules()}
+    config["code"] = source_digests(make, fit or objective, *parts, "dmvae_lib.networks", "dmvae_lib.training")
+    config = json.loads(json.dumps(config))  # as run.json will give it back
+    digest = configuration_hash(config)
+    folder = setting.runs / setting.profile.name / name / f"seed{seed}-{digest}"
     weights, table, record = folder / "model.safetensors", folder / "history.csv", folder / "run.json"
     if not record.exists():  # written last: a run without it is not finished
         with locked(folder, f"training {name}, seed {seed}"):
@@ -371,7 +372,7 @@ def _judge(name: str, setting: Setting) -> Run:
     channels, size = train_items.items[name].shape[1:3]
     plan = Schedule(setting.profile.classifier_steps, 128)
     return train_or_load(
-        lambda: networks.digit_classifier(channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
+        partial(networks.digit_classifier, channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
         _classify,
     )  # fmt: skip
 
@@ -429,17 +430,17 @@ def evaluate(run: Run, setting: Setting) -> dict[str, float]:
     judged_by = "-".join(judge.info["hash"] for judge in judges.values())
     models = {name: judge.model for name, judge in judges.items()}
     path = run.folder / f"coherence-{setting.evaluation}-{data.fingerprint}-{judged_by}.json"
-    return computed_once(path, lambda: coherence(run.model, data, models))
+    return computed_once(path, lambda: coherence(run.model, data, models), coherence, "dmvae_lib.metrics")
 
 
-def computed_once(path: Path, compute: Callable[[], dict]) -> dict:
+def computed_once(path: Path, compute: Callable[[], dict], *source: str | Callable) -> dict:
     """What `compute()` returns, kept as JSON at `path` and read from there the next time.
 
-    It is computed anew when the source that `compute` reaches has changed since (`source_digests`). What the path's
-    name does not say, and the source does not, must not matter. Raises DMVAEError for a file that is damaged, or was
+    It is computed anew when `source`, which computes it (`source_digests`), has changed since. What the path's name
+    does not say, and the source does not, must not matter. Raises DMVAEError for a file that is damaged, or was
     put there from elsewhere.
     """
-    about = {"about": f"{path.parent.name}/{path.name}", "code": source_digests(compute)}
+    about = {"about": f"{path.parent.name}/{path.name}", "code": source_digests(*source)}
     if (kept := _kept(path, about)) is None:
         with locked(path.parent, f"computing {path.name}"):
             if (kept := _kept(path, about)) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from torch import Tensor, nn
 
@@ -119,9 +119,13 @@ def run_flower(experiment: FlowerExperiment, seed: int, setting: Setting) -> Run
     plan = Schedule(0 if fitted else profile.flower_steps, 64, profile.flower_learning_rate)
 
     return train_or_load(
-        lambda: build(experiment, profile, data), data.train, plan, seed, setting, experiment.name, config,
-        flowers.objective, (lambda model: model.fit(data.train, seed)) if fitted else None,
+        partial(build, experiment, profile, data), data.train, plan, seed, setting, experiment.name, config,
+        flowers.objective, partial(_fit, data, seed) if fitted else None,
     )  # fmt: skip
+
+
+def _fit(data: FlowerData, seed: int, model: nn.Module) -> None:
+    model.fit(data.train, seed)
 
 
 def run_flower_grid(experiments: Sequence[FlowerExperiment], setting: Setting) -> dict[tuple[str, int], Run]:
@@ -133,7 +137,7 @@ def evaluate_flowers(run: Run, setting: Setting) -> dict:
     """`evaluate_retrieval` of a run on the setting's evaluation classes; kept in the run's folder."""
     data = flower_data(setting).test
     path = run.folder / f"retrieval-{setting.evaluation}-{data.fingerprint}.json"
-    found = computed_once(path, lambda: evaluate_retrieval(run.model, data))
+    found = computed_once(path, lambda: evaluate_retrieval(run.model, data), "dmvae_lib.retrieval")
     return found | {"ap50": found["ap"]}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dmvae_lib import analysis
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.experiments import Run, Setting, coherence, configuration_hash, provenance
 from dmvae_lib.files import (
@@ -26,7 +25,6 @@ from dmvae_lib.files import (
     write_json,
 )
 from dmvae_lib.paper import Claim
-from dmvae_lib.retrieval import evaluate_retrieval
 from dmvae_lib.source import changed, python_digest, source_digests
 from dmvae_lib.training import resolve_device
 
@@ -177,7 +175,7 @@ class Results:
                     }
                     for made in runs
                 ],
-                "code": source_digests(coherence, evaluate_retrieval, analysis),
+                "code": source_digests(coherence, *EVALUATION),
                 "cells": _cells(folder.parents[1] / made_by),
                 "made": provenance(resolve_device(self.setting.device)),
             }
@@ -187,6 +185,7 @@ class Results:
             write_json(folder / "configurations.json", dict(sorted(known.items())))
 
 
+EVALUATION = ("dmvae_lib.metrics", "dmvae_lib.retrieval", "dmvae_lib.analysis")  # beside `coherence`
 REPAIR = "Restore it by git, or delete it and run `make reproduce`."
 
 

@@ -275,7 +275,7 @@ from pathlib import Path
 place = stress.place_of(Path.cwd())
 results = Results(place, "01_stress")
 runs = [stress.small_run(place, seed=seed) for seed in range(2)]
-values = [computed_once(run.folder / "measure.json", lambda: stress.measure(run)) for run in runs]
+values = [computed_once(run.folder / "measure.json", lambda: stress.measure(run), stress.measure) for run in runs]
 results.table("table1", compare({"DMVAE": values}, {"DMVAE": {"joint": 44.7}}), "Table 1: under stress.", runs)
 results.frame("table2", compare({"DMVAE": values[:1]}, {}), "Table 2: under stress.", runs[:1])
 """
@@ -455,7 +455,7 @@ def corrupted_evaluations(folder: Path, tries: int, chance: random.Random) -> tu
     paths = [run.folder / "measure.json" for run in made]
 
     def load() -> list:
-        return [ex.computed_once(path, lambda run=run: measure(run)) for path, run in zip(paths, made)]
+        return [ex.computed_once(path, lambda run=run: measure(run), measure) for path, run in zip(paths, made)]
 
     load()
     return corrupted(paths, load, tries, chance)
