@@ -86,12 +86,14 @@ def connect(scheduler: str):
     try:
         if kind == "local":
             n = int(number)
+            if n < 1:
+                raise ValueError(f"{n} processes")
             threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
             environ = {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}  # the workers' own bars would cover the grid's
             local = {"n_workers": n, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}
             return Client(**local, env=environ, set_as_default=False)
         return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, ZeroDivisionError) as error:
+    except (OSError, ValueError) as error:
         raise DMVAEError(
             f"no Dask scheduler answers at {scheduler!r} ({str(error) or type(error).__name__}); expected the address "
             "that `dask scheduler` prints, such as tcp://host:8786, or local:4 for four processes of this machine."
@@ -130,7 +132,7 @@ def _work(pickled: bytes, expected: dict[str, str]) -> str:
 
 
 def _failure(item: Item, error: BaseException) -> str:
-    from distributed.scheduler import KilledWorker
+    from distributed import KilledWorker
 
     if isinstance(error, _Unfit):
         raise error

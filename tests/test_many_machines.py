@@ -139,7 +139,7 @@ def test_a_worker_of_several_threads_is_refused(place):
 
 def test_a_scheduler_that_does_not_answer(place, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
-    for address in ("tcp://127.0.0.1:9", "nonsense", "local:many", "local:0"):
+    for address in ("tcp://127.0.0.1:9", "nonsense", "local:many", "local:0", "local:-1"):
         with pytest.raises(DMVAEError, match=f"no Dask scheduler answers at '{address}'"):
             ex.run_grid([ex.DMVAE_DIGITS], place, scheduler=address)
 
