@@ -1,5 +1,5 @@
 # make            explains every target
-# Variables: PROFILE=quick|subset|paper  SEEDS=1  DEVICE=auto|cpu|cuda  DATA=data  PYTHON=python3
+# Variables: PROFILE=quick|subset|paper  SEEDS=1  DEVICE=auto|cpu|cuda  DATA=data  SCHEDULER=tcp://…|local:4  PYTHON=python3
 
 PROFILE ?= quick
 SEEDS   ?= 1
@@ -15,7 +15,7 @@ READY := $(VENV)/ready
 .PHONY: help setup reproduce notebooks test bench stress lab lock clean
 
 help:  ## this list
-	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data]"
+	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=tcp://host:8786]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the virtual environment .venv from requirements.lock; every target below makes it when needed
@@ -28,7 +28,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: $(READY)  ## every table and figure into results/PROFILE; goes on where it was interrupted
-	$(BIN)/python -m dmvae_lib.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
+	$(BIN)/python -m dmvae_lib.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
 notebooks: $(READY)  ## reproduce (profile quick), then put the executed notebooks into notebooks/, to be committed
 	$(BIN)/python -m dmvae_lib.reproduce --in-place
@@ -49,7 +49,7 @@ lab: $(READY)  ## JupyterLab on the notebooks, for this machine only and with a 
 
 lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra cluster --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:  ## remove build/ and caches; runs/, data/ and results/ stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

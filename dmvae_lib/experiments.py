@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -237,11 +238,51 @@ def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, experiment.name, config)
 
 
-def run_grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> dict[tuple[str, int], Run]:
-    """`run_one` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}."""
-    grid = [(experiment, seed) for experiment in experiments for seed in range(setting.seeds)]
-    bar = tqdm(grid, desc="runs", unit="run", leave=False, disable=len(grid) == 1)
-    return {(experiment.name, seed): run_one(experiment, seed, setting) for experiment, seed in bar}
+class Item(NamedTuple):
+    """A piece of work, `work()`: trains a run or loads it, in any process that sees the same folders."""
+
+    name: str
+    seed: int
+    work: Callable[[], Run]
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    def run(self) -> Run:
+        """The run. Raises DMVAEError that names experiment and seed."""
+        try:
+            return self.work()
+        except DMVAEError as error:
+            raise DMVAEError(f"{self}: {error}") from error
+
+
+def grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> list[Item]:
+    """A work item for every experiment and each of the setting's seeds."""
+    return [
+        Item(experiment.name, seed, partial(run_one, experiment, seed, setting))
+        for experiment in experiments
+        for seed in range(setting.seeds)
+    ]
+
+
+def run_items(items: Sequence[Item], scheduler: str | None = None) -> dict[tuple[str, int], Run]:
+    """Every item's run, by name and seed: trained one after the other here, or by `cluster.train`, then loaded here."""
+    if scheduler:
+        from dmvae_lib import cluster
+
+        cluster.train(items, scheduler)
+    bar = tqdm(items, desc="runs", unit="run", leave=False, disable=len(items) == 1)
+    return {(item.name, item.seed): item.run() for item in bar}
+
+
+def run_grid(
+    experiments: Sequence, setting: Setting, run_one: Callable = run, scheduler: str | None = None
+) -> dict[tuple[str, int], Run]:
+    """`run_one` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}.
+
+    scheduler: trains on many machines (`cluster.train`); None trains here.
+    """
+    return run_items(grid(experiments, setting, run_one), scheduler)
 
 
 def train_or_load(
@@ -375,6 +416,11 @@ def _judge(name: str, setting: Setting) -> Run:
         partial(networks.digit_classifier, channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
         _classify,
     )  # fmt: skip
+
+
+def classifier_items(setting: Setting) -> list[Item]:
+    """The work items of the evaluation classifiers."""
+    return [Item(f"classifier-{name}", 0, partial(_judge, name, setting)) for name in NAMES]
 
 
 def _alone(data: PairedData, name: str) -> PairedData:

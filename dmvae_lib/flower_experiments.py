@@ -128,9 +128,12 @@ def _fit(data: FlowerData, seed: int, model: nn.Module) -> None:
     model.fit(data.train, seed)
 
 
-def run_flower_grid(experiments: Sequence[FlowerExperiment], setting: Setting) -> dict[tuple[str, int], Run]:
-    """`run_flower` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}."""
-    return run_grid(experiments, setting, run_flower)
+def run_flower_grid(
+    experiments: Sequence[FlowerExperiment], setting: Setting, scheduler: str | None = None
+) -> dict[tuple[str, int], Run]:
+    """`run_flower` for every experiment and each of the setting's seeds, as `run_grid`; the features come first."""
+    flower_data(setting)
+    return run_grid(experiments, setting, run_flower, scheduler)
 
 
 def evaluate_flowers(run: Run, setting: Setting) -> dict:

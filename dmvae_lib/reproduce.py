@@ -14,10 +14,20 @@ import nbformat
 import papermill
 from tqdm import tqdm
 
+from dmvae_lib import cluster
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, Setting, classifier, project_folder, run_grid, setting
+from dmvae_lib.experiments import (
+    DIGITS,
+    DMVAE_DIGITS,
+    Setting,
+    classifier_items,
+    grid,
+    project_folder,
+    run_items,
+    setting,
+)
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
-from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower_grid
+from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower
 from dmvae_lib.report import index, readme_tables
 
 KERNEL = "python3"
@@ -82,18 +92,22 @@ def reproduce(options: argparse.Namespace) -> None:
     """
     place = setting(options.profile, options.seeds, options.device, options.data)
     with locked(place.runs / place.profile.name, f"make reproduce PROFILE={place.profile.name}"):
-        train_all(place)
+        train_all(place, options.scheduler)
         execute_all(place, options)
 
 
-def train_all(place: Setting) -> None:
-    """Every run that a notebook shows."""
-    flower_data(place)  # first what may be missing, then what takes long
-    for name in place.digits.train.names:
-        classifier(name, place)
-    run_grid(DIGITS, place)
-    run_grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3)))  # notebook 09 shows the spread
-    run_flower_grid(FLOWERS, place)
+def train_all(place: Setting, scheduler: str | None) -> None:
+    """Every run that a notebook shows; scheduler: on many machines (`cluster.train`)."""
+    if scheduler:
+        cluster.connect(scheduler).close()
+    flower_data(place), place.digits  # first what may be missing, then what takes long
+    items = [
+        *classifier_items(place),
+        *grid(DIGITS, place),
+        *grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3))),  # notebook 09 shows the spread
+        *grid(FLOWERS, place, run_flower),
+    ]
+    run_items(list({str(item): item for item in items}.values()), scheduler)
 
 
 def execute_all(place: Setting, options: argparse.Namespace) -> None:
@@ -125,6 +139,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--data", default="data", help="folder of the data files")
     parser.add_argument(
+        "--scheduler", help="train on Dask's workers: tcp://host:8786, or local:4 for four processes here"
+    )
+    parser.add_argument(
         "--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/"
     )
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
@@ -134,7 +151,7 @@ def main() -> None:
         if options.prepare:
             prepare(options.prepare)
         elif options.in_place:
-            reproduce(argparse.Namespace(**DEFAULTS))
+            reproduce(argparse.Namespace(**DEFAULTS, scheduler=None))
             for source in notebooks():
                 with atomic_write(source) as temporary:
                     shutil.copyfile(project_folder() / "results" / "quick" / "notebooks" / source.name, temporary)

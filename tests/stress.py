@@ -297,9 +297,9 @@ def small_project(folder: Path) -> Path:
 def reproduce_once() -> None:
     """In a small project: `make reproduce` with small runs in place of the paper's."""
     reproduce.setting = lambda *_: place_of(Path.cwd())
-    reproduce.train_all = lambda place: [small_run(place, seed=seed) for seed in range(2)]
+    reproduce.train_all = lambda place, scheduler: [small_run(place, seed=seed) for seed in range(2)]
     ex.train = functools.partial(train, checkpoint_seconds=0)
-    reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS))
+    reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS, scheduler=None))
 
 
 def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tuple[int, int]:

@@ -171,17 +171,19 @@ def test_an_evaluation_is_made_anew_when_its_code_changes_and_refused_when_it_wa
         calls.append(1)
         return {"share": 0.25, "none": float("nan")}
 
-    assert ex.computed_once(path, one)["share"] == ex.computed_once(path, one)["share"] == 0.25 and calls == [1]
+    assert ex.computed_once(path, one, one)["share"] == ex.computed_once(path, one, one)["share"] == 0.25 and calls == [
+        1
+    ]
 
     def other():
         return {"share": 0.5}
 
-    assert ex.computed_once(path, other) == {"share": 0.5}
+    assert ex.computed_once(path, other, other) == {"share": 0.5}
     moved = tmp_path / "run-b" / "measure.json"
     moved.parent.mkdir()
     path.rename(moved)
     with pytest.raises(DMVAEError, match="was made as run-a/measure.json, for another run.*Delete it"):
-        ex.computed_once(moved, other)
+        ex.computed_once(moved, other, other)
 
 
 # --- the source ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""The grid on many machines: a real Dask cluster of two worker processes, one of which is killed while it trains."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from functools import cache, partial
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dmvae_lib import DMVAEError, cluster
+from dmvae_lib import experiments as ex
+from dmvae_lib.data import PairedData
+from dmvae_lib.data.digits import Digits
+from dmvae_lib.data.embedded import handwritten_digits, house_numbers
+from dmvae_lib.training import train
+
+distributed = pytest.importorskip("distributed")
+EXPERIMENTS = [ex.DMVAE_DIGITS, ex.TABLE3["no private spaces"]]
+
+
+class FewDigits(ex.Setting):
+    """Some of the embedded digits: every process draws its own, which takes seconds for all of them."""
+
+    @property
+    def digits(self):
+        return few_digits()
+
+
+@cache
+def few_digits():
+    images, labels, *_ = handwritten_digits()
+    numbers, number_labels = house_numbers(400, seed=0)
+    items, item_labels = {"mnist": images, "svhn": numbers}, {"mnist": labels, "svhn": number_labels}
+    return Digits(PairedData.pair(items, item_labels, permutations=2), None, {})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    profile = replace(ex.get_profile("smoke"), steps=80, batch_size=20, width=0.125)
+    setting = FewDigits(**vars(ex.setting("smoke", device="cpu")))
+    return replace(setting, profile=profile, runs=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Two worker processes of one thread, as `dask worker` would start them on two machines."""
+    options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}
+    with distributed.LocalCluster(**options, silence_logs=50) as started:
+        yield started
+
+
+def run_and_note(experiment, seed, setting):
+    """`run` with a checkpoint at every row of the history; notes who begins, and from which step."""
+    with patch.object(ex, "train", partial(noted, setting.runs / f"{experiment.name}-{seed}.begun")):
+        return ex.run(experiment, seed, setting)
+
+
+def noted(note, model, data, plan, seed, device, folder, *rest):
+    checkpoint = folder / "checkpoint.pt"
+    step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+    with open(note, "a") as file:
+        file.write(f"{os.getpid()} {step}\n")
+    return train(model, data, plan, seed, device, folder, *rest, checkpoint_seconds=0.0)
+
+
+def kill_one_that_trains(runs, killed):
+    """Kills, once two items are being trained and one has a checkpoint, the process that trains that one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for checkpoint in runs.glob("*/*/*/checkpoint.pt"):
+            seed = checkpoint.parent.name.removeprefix("seed").split("-")[0]
+            note = runs / f"{checkpoint.parent.parent.name}-{seed}.begun"
+            pid = int(note.read_text().split()[0])
+            os.kill(pid, signal.SIGKILL)
+            killed.append((note, pid))
+            return
+        time.sleep(0.02)
+
+
+def test_a_killed_workers_item_is_trained_on_elsewhere_with_the_same_results(workers, place, one_thread):
+    killed = []
+    killer = threading.Thread(target=kill_one_that_trains, args=(place.runs, killed))
+    killer.start()
+    done = ex.run_grid(EXPERIMENTS, replace(place, seeds=2), run_and_note, workers.scheduler_address)
+    killer.join()
+
+    ((note, pid),) = killed
+    begun = [tuple(map(int, line.split())) for line in note.read_text().splitlines()]
+    assert begun[0] == (pid, 0) and len(begun) == 2 and begun[1][0] != pid  # another process went on with it,
+    assert 0 < begun[1][1] < place.profile.steps  # from the checkpoint
+    assert os.getpid() not in {int(line.split()[0]) for p in place.runs.glob("*.begun") for line in p.open()}
+
+    undisturbed = ex.run_grid(EXPERIMENTS, replace(place, seeds=2, runs=place.runs / "undisturbed"))
+    assert done.keys() == undisturbed.keys() and len(done) == 4
+    for key, made in undisturbed.items():
+        assert made.info["hash"] == done[key].info["hash"] and made.history.equals(done[key].history)
+        for name, value in made.model.state_dict().items():
+            assert torch.equal(value, done[key].model.state_dict()[name]), (key, name)
+
+
+def fail_with_seed_1(experiment, seed, setting):
+    if seed == 1:
+        raise DMVAEError("step 3: not finite: kl.")
+    if seed == 2:
+        raise RuntimeError("out of memory")
+    return ex.run(experiment, seed, setting)
+
+
+def test_a_failure_names_its_item_and_the_others_finish(workers, place):
+    short = replace(place, seeds=4, profile=replace(place.profile, steps=2))
+    with pytest.raises(DMVAEError) as error:
+        ex.run_grid([ex.DMVAE_DIGITS], short, fail_with_seed_1, workers.scheduler_address)
+    for part in ("2 of 4 runs", "dmvae, seed 1: step 3: not finite: kl.", "dmvae, seed 2: RuntimeError: out of memory"):
+        assert part in str(error.value)
+    with patch.object(ex, "train", None):  # training again would fail
+        assert [ex.run(ex.DMVAE_DIGITS, seed, short).info["config"]["seed"] for seed in (0, 3)] == [0, 3]
+    with pytest.raises(DMVAEError, match="^dmvae, seed 1: step 3"):  # the same words without a cluster
+        ex.run_grid([ex.DMVAE_DIGITS], short, fail_with_seed_1)
+
+
+@pytest.mark.parametrize("what", ["source of dmvae_lib", "torch"])
+def test_a_worker_with_another_library_is_refused(workers, place, what, monkeypatch):
+    here = cluster.environment() | {what: "another"}
+    monkeypatch.setattr(cluster, "environment", lambda: here)
+    with pytest.raises(DMVAEError, match=rf"worker tcp://.* has {what} .*, here another"):
+        ex.run_grid([ex.DMVAE_DIGITS], replace(place, runs=place.runs / "none"), scheduler=workers.scheduler_address)
+    assert not (place.runs / "none").exists()
+
+
+def test_a_worker_of_several_threads_is_refused(place):
+    options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    with distributed.LocalCluster(**options) as started, pytest.raises(DMVAEError, match="2 threads.*--nthreads 1"):
+        ex.run_grid([ex.DMVAE_DIGITS], place, scheduler=started.scheduler_address)
+
+
+def test_a_scheduler_that_does_not_answer(place, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense", "local:many", "local:0", "local:-1"):
+        with pytest.raises(DMVAEError, match=f"no Dask scheduler answers at '{address}'"):
+            ex.run_grid([ex.DMVAE_DIGITS], place, scheduler=address)
+
+
+def test_results_that_are_not_seen_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "VISIBLE_SECONDS", 0.0)
+    with pytest.raises(DMVAEError, match="share this machine's file system"):
+        cluster._wait_for(tmp_path / "elsewhere" / "run.json")
