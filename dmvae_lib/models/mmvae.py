@@ -40,7 +40,7 @@ class MMVAE(SharedVAE):
         super().__init__(modalities, shared_dim)
         if particles < 1:
             raise DMVAEError(f"MMVAE: particles={particles}; expected at least 1.")
-        self.particles = particles
+        self.particles = self.arguments["particles"] = particles
         self.prior_logits = nn.Parameter(self._like().new_zeros(shared_dim))
 
     def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, Laplace]:

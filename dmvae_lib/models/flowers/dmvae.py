@@ -55,6 +55,9 @@ class FlowerDMVAE(DMVAE):
         text = modality(2 * hidden, private_dims[1], weights[1], TextFeatures(token_dim, hidden))
         super().__init__({"image": image, "text": text}, shared_dim, without)
         self.matching, self.evidence = matching, evidence
+        self.arguments |= {"image_dim": image_dim, "token_dim": token_dim, "hidden": hidden, "matching": matching}
+        self.arguments |= {"private_dims": private_dims, "decoder_hidden": decoder_hidden, "weights": weights}
+        self.arguments["evidence"] = evidence
 
     def embed_image(self, x: Tensor) -> Tensor:
         """(B, shared_dim), the mean of q(z_s | image)."""
