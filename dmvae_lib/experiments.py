@@ -167,7 +167,9 @@ def load_experiment(source: str | Path, **options: Any) -> MultimodalVAE:
     made = config.get("experiment")
     if made is None:
         raise DMVAEError(f"{source} holds a model that is no experiment's; load it with {config['model']}.load.")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in made["experiment"].items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in made["experiment"].items()
+    }
     sizes = {key: value for key, value in made.items() if key != "experiment"}
     return load_weights(build(Experiment(**fields), replace(get_profile("quick"), **sizes)), folder)
 

@@ -101,7 +101,7 @@ def train(
     optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        step, rows = 0, []
+        step, rows = 0, list[dict[str, float]]()
         if checkpoint is not None and checkpoint.exists():
             step, rows = _restore(checkpoint, model, optimiser, device)
         stream = batches(data, schedule.batch_size, seed, step)

