@@ -1,11 +1,14 @@
 """The site: equations without scripts, links that lead where they say, and no page with one that does not."""
 
+import hashlib
+import json
 import subprocess
 
 import nbformat
 import pytest
 
 from dmvae_lib import DMVAEError
+from dmvae_lib.report import index
 from dmvae_lib.website import Links, broken_links, build, markdown, repository, run_links
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -103,3 +106,21 @@ def test_without_an_address_there_is_a_download_alone(project):
     build(project, project / "site")
     copy = nbformat.read(project / "site" / "notebooks" / "01_one.ipynb", as_version=4)
     assert "install" not in copy.cells[0].source
+
+
+def test_every_artefact_can_be_cited_by_checksum_and_permanent_link(tmp_path):
+    folder = tmp_path / "quick"
+    folder.mkdir()
+    (folder / "t_1.csv").write_text("a,b\n")
+    made = {"commit": "abc", "device": "CPU", "finished": "2026-01-02T00:00:00Z", "packages": {"dmvae_lib": "0.1.0"}}
+    entry = {"caption": "5% of A & B → C.", "notebook": "notebooks/01_one.ipynb", "runs": [], "made": made}
+    digest = hashlib.sha256(b"a,b\n").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"t_1": entry | {"files": {"t_1.csv": digest}}}))
+    text = index(tmp_path)
+    blob = subprocess.run(
+        ["git", "hash-object", folder / "t_1.csv"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert f"[t_1.csv](https://archive.softwareheritage.org/swh:1:cnt:{blob}) | `{digest}` |" in text
+    assert "@misc{dmvae_lib-quick-t_1," in text
+    assert r"title = {5\% of A \& B $\rightarrow$ C}," in text and r"results/quick/t\_1.csv}" in text
+    assert f"url = {{https://archive.softwareheritage.org/swh:1:cnt:{blob}}}" in text
