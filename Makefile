@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test bench stress lab lock clean
+.PHONY: help setup reproduce notebooks test check bench stress lab site lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=tcp://host:8786]"
@@ -33,7 +33,7 @@ reproduce: $(READY)  ## every table and figure into results/PROFILE; goes on whe
 notebooks: $(READY)  ## reproduce (profile quick), then put the executed notebooks into notebooks/, to be committed
 	$(BIN)/python -m dmvae_lib.reproduce --in-place
 
-test: $(READY)  ## unit tests, then every notebook re-run in profile smoke with its checked outputs compared
+test: check  ## ruff, mypy and unit tests, then every notebook re-run in profile smoke with its checked outputs compared
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m dmvae_lib.reproduce --prepare build/nbval
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
@@ -44,13 +44,21 @@ bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers
 stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --write docs/trust.md
 
+check: $(READY)  ## ruff on code and notebooks, mypy on the library's types: seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
 lab: $(READY)  ## JupyterLab on the notebooks, for this machine only and with a token
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+site: $(READY)  ## README, notebooks and results as web pages in build/site, every link checked
+	$(BIN)/python -m dmvae_lib.website
 
 lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra cluster --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:  ## remove build/ and caches; runs/, data/ and results/ stay
-	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -36,7 +36,8 @@ def distinct_codes(model: MultimodalVAE, name: str, n: int = 5, candidates: int 
 def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor) -> dict[str, dict[str, Tensor]]:
     """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the given pairs; "shared" also has "joint"."""
     device = next(model.parameters()).device
-    data, parts = data.to(device), {"private": {}, "shared": {}}
+    data = data.to(device)
+    parts: dict[str, dict[str, list[Tensor]]] = {"private": {}, "shared": {}}
     for chunk in rows.to(device).split(1_000):
         posterior = model.infer(data.batch(chunk))
         for part, codes in (("private", posterior.private), ("shared", {**posterior.shared, "joint": posterior.joint})):

@@ -90,7 +90,7 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
         for batch, _ in tqdm(loader, leave=False):
             batch = {name: x.to(device) for name, x in batch.items()}
             posterior = model.infer(batch)
-            loss = 0.0
+            loss = torch.zeros((), device=device)
             for target, x in batch.items():
                 private = posterior.private[target]
                 for source, shared in {"joint": posterior.joint, **posterior.shared}.items():

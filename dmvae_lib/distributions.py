@@ -127,12 +127,14 @@ class Likelihood(NamedTuple):
     """p(x | z) given a decoder's output.
 
     `log_prob(params, x)` returns log p per element, of the shape of `params` (DMVAE sums it over all but the
-    leading axes); `mean(params)` returns E[x]. `unit` says that x must lie in [0, 1].
+    leading axes); `mean(params)` returns E[x]. `unit` says that x must lie in [0, 1]. `name` stands in a saved
+    model's configuration.
     """
 
     log_prob: Callable[[Tensor, Tensor], Tensor]
     mean: Callable[[Tensor], Tensor] = lambda params: params
     unit: bool = False
+    name: str = "custom"
 
 
 def bernoulli() -> Likelihood:
@@ -141,15 +143,16 @@ def bernoulli() -> Likelihood:
     def log_prob(logits: Tensor, x: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
-    return Likelihood(log_prob, torch.sigmoid, unit=True)
+    return Likelihood(log_prob, torch.sigmoid, True, "bernoulli")
 
 
 def gaussian(scale: float = 1.0) -> Likelihood:
     """Gaussian with fixed standard deviation `scale`."""
     constant = math.log(scale) + 0.5 * math.log(2 * math.pi)
-    return Likelihood(lambda mean, x: -0.5 * ((x - mean) / scale).square() - constant)
+    return Likelihood(lambda mean, x: -0.5 * ((x - mean) / scale).square() - constant, name=f"gaussian({scale:g})")
 
 
 def laplace(scale: float = 1.0) -> Likelihood:
     """Laplace with fixed scale (MMVAE: 0.75)."""
-    return Likelihood(lambda mean, x: -(x - mean).abs() / scale - math.log(2 * scale))
+    constant = math.log(2 * scale)
+    return Likelihood(lambda mean, x: -(x - mean).abs() / scale - constant, name=f"laplace({scale:g})")

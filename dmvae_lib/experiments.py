@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -40,6 +40,7 @@ from dmvae_lib.files import (
 )
 from dmvae_lib.metrics import cross_coherence, joint_coherence
 from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, MultimodalVAE, Terms
+from dmvae_lib.models.saving import fetched, load_weights, read_config
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.source import source_digests
 from dmvae_lib.training import Schedule, model_objective, resolve_device, train
@@ -159,6 +160,37 @@ def _digits(source: str, root: str, evaluation: str, permutations: int) -> Digit
 
 def build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
     """The experiment's model with fresh weights from torch's global generator."""
+    model = _build(experiment, profile)
+    model.experiment = recipe(experiment, profile)
+    return model
+
+
+def recipe(experiment: Experiment, profile: Profile) -> dict[str, Any]:
+    """All that `build` reads, as JSON: what a run's configuration and a saved model keep of it."""
+    config = {"experiment": asdict(experiment), "width": profile.width}
+    config["weights"] = experiment.weights or profile.weights
+    return config | ({"particles": profile.particles} if experiment.model == "MMVAE" else {})
+
+
+def load_experiment(source: str | Path, **options: Any) -> MultimodalVAE:
+    """The model of an experiment that was saved by `model.save` or pushed to the Hub, its networks made anew.
+
+    source: a folder, or a repository of the Hub; options: `revision="a commit"` and others of the Hub's
+    snapshot_download. Raises DMVAEError as `load` does, and for a model that no experiment made.
+    """
+    folder = fetched(source, **options)
+    config = read_config(folder)
+    made = config.get("experiment")
+    if made is None:
+        raise DMVAEError(f"{source} holds a model that is no experiment's; load it with {config['model']}.load.")
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in made["experiment"].items()
+    }
+    sizes = {key: value for key, value in made.items() if key != "experiment"}
+    return load_weights(build(Experiment(**fields), replace(get_profile("quick"), **sizes)), folder)
+
+
+def _build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
     weights = dict(zip(NAMES, experiment.weights or profile.weights))
     private, shared, width = dict(zip(NAMES, experiment.private_dims)), experiment.shared_dim, profile.width
     hidden, mmvae = round(256 * width), experiment.model == "MMVAE"
@@ -228,13 +260,7 @@ def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
     """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on."""
     data, plan = setting.digits.train, schedule(experiment, setting.profile)
     profile = setting.profile
-    config = {
-        "experiment": asdict(experiment),
-        "width": profile.width,
-        "weights": experiment.weights or profile.weights,
-    }
-    if experiment.model == "MMVAE":
-        config["particles"] = profile.particles
+    config = recipe(experiment, profile)
     return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, experiment.name, config)
 
 

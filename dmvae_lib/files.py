@@ -186,8 +186,8 @@ def _checksums(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DMVAEError(f"the checksums {path} cannot be read ({error}); restore or delete that file.") from error
-    pairs = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in lines]
-    if not pairs or None in pairs:
+    pairs = [match for line in lines if (match := re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line))]
+    if not pairs or len(pairs) < len(lines):
         raise DMVAEError(f"{path} is no list of checksums as `sha256sum` writes it; restore or delete that file.")
     return {match[2]: match[1] for match in pairs}
 

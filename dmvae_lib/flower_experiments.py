@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def build(experiment: FlowerExperiment, profile: Profile, data: FlowerData) -> n
         case "TIMAM":
             return flowers.TIMAM(image_dim, token_dim, classes, dim=hidden, hidden=hidden)
         case "DMVAE":
-            defaults = {"hidden": hidden, "decoder_hidden": hidden, "weights": profile.flower_weights}
+            defaults: dict[str, Any] = {"hidden": hidden, "decoder_hidden": hidden, "weights": profile.flower_weights}
             return flowers.FlowerDMVAE(
                 image_dim, token_dim, **defaults | {"matching": profile.flower_matching} | options
             )

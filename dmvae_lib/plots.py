@@ -143,10 +143,10 @@ def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
         words.append((word.strip("[]"), swapped))
         swapped = swapped and not word.endswith("]")
     lines: list[list[tuple[str, bool]]] = [[]]
-    for word in words:
-        if sum(len(w) + 1 for w, _ in lines[-1]) + len(word[0]) > width:
+    for entry in words:
+        if sum(len(w) + 1 for w, _ in lines[-1]) + len(entry[0]) > width:
             lines.append([])
-        lines[-1].append(word)
+        lines[-1].append(entry)
     for i, line in enumerate(lines):
         for colour, chosen in ((RIGHT, False), (SWAPPED, True)):
             text = " ".join(w if blue is chosen else " " * len(w) for w, blue in line)

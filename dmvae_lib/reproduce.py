@@ -58,7 +58,8 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
     """Removes what says when and where a notebook ran: timings, paths, progress bars; manifest.json has the facts."""
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     for cell in notebook.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)

@@ -20,7 +20,10 @@ PATHS = {
 }
 IMPORTED = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}  # what this process runs
 # Followed into by no import: what makes no number, and what is in the configuration (budgets, the tables' rows).
-ASIDE = {f"dmvae_lib.{name}" for name in ("errors", "files", "source", "profiles", "experiments", "flower_experiments")}
+ASIDE = {
+    f"dmvae_lib.{name}"
+    for name in ("errors", "files", "source", "models.saving", "profiles", "experiments", "flower_experiments")
+}
 
 
 def source_digests(*roots: str | Callable) -> dict[str, str]:
@@ -45,7 +48,7 @@ def source_digests(*roots: str | Callable) -> dict[str, str]:
         if module in IMPORTED.keys() - ASIDE and module not in found:
             found[module] = _module(module)
             for node in ast.walk(ast.parse(IMPORTED[module])):
-                if isinstance(node, ast.ImportFrom):
+                if isinstance(node, ast.ImportFrom) and node.module:
                     todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 elif isinstance(node, ast.Import):
                     todo += [alias.name for alias in node.names]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -116,7 +117,8 @@ def train(
     optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate, fused=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        step, rows, before, begun = 0, [], 0.0, time.monotonic()
+        step, before, begun = 0, 0.0, time.monotonic()
+        rows: list[dict[str, float]] = []
         if checkpoint is not None and checkpoint.exists():
             step, rows, before = _restore(checkpoint, about, model, optimiser, device)
         stream = batches(data, schedule.batch_size, seed, step)
@@ -181,7 +183,7 @@ def _interrupts_kept(keep: bool) -> Iterator[list[int]]:
             text = "Stopping at the end of this row of the history, to keep it; once more to stop at once."
             tqdm.write(text, file=sys.stderr)
 
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     usual = {number: handler for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in usual:

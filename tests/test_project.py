@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Names that conda-forge spells differently, by their name on PyPI.
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 
 def normal(name: str) -> str:
@@ -63,7 +63,7 @@ def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine(p
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not re.search(r"/(home|root|Users|work|tmp)/", path.read_text()), "a path of somebody's machine"
-    assert "widget-view" not in path.read_text()
+    assert "widget-view" not in path.read_text() and "widgets" not in notebook.metadata
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,8 +8,8 @@ import torch
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
 
-def test_the_example_on_ones_own_data_runs_and_learns_what_the_views_share():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_example_on_ones_own_data_runs_learns_what_the_views_share_and_is_saved(tmp_path, monkeypatch):
+    code, saving = re.findall(r"```python\n(.*?)```", README, re.S)
     torch.manual_seed(0)
     names: dict = {}
     exec(code, names)
@@ -18,6 +18,10 @@ def test_the_example_on_ones_own_data_runs_and_learns_what_the_views_share():
     drawn = names["model"].cross_generate({"audio": names["audio"]}, target="video", n=5)[..., :3].argmin(-1)
     assert (drawn == names["labels"]).double().mean() > 0.7
     assert names["history"]["total"].iloc[-1] < names["history"]["total"].iloc[0]
+    monkeypatch.chdir(tmp_path)
+    exec(saving.split("# On the Hugging Face Hub")[0], names)
+    audio = {"audio": names["audio"]}
+    assert torch.equal(names["again"].infer(audio).joint.mean, names["model"].infer(audio).joint.mean)
 
 
 def test_links_lead_somewhere():

@@ -45,7 +45,7 @@ def handwritten_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shift=_uniform(generator, (n * VERSIONS, 2), -0.07, 0.07) * strength.flatten()[:, None],
     )
     train = _enlarge(images[:n].repeat_interleave(VERSIONS, 0), warp)
-    test = _enlarge(images[n:], _affine(*torch.tensor([[0.0], [0.0], [1.0]]), torch.zeros(1, 2)))
+    test = _enlarge(images[n:], _affine(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(1, 2)))
     return train, labels[:n].repeat_interleave(VERSIONS), test, labels[n:]
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class Flower(NamedTuple):
     """A class: what its petals, centre and stamen look like, in the words of ATTRIBUTES."""
 
     petals: str
-    count: str
+    count: str  # type: ignore[assignment]  # hides tuple.count
     length: str
     tip: str
     centre: str
@@ -257,7 +257,7 @@ def _over(image: Tensor, colour: Tensor, cover: Tensor) -> Tensor:
 
 # --- captions ----------------------------------------------------------------------------------------------------
 
-WORDS = {
+WORDS: dict[str, Any] = {
     "count": {
         "five": ("five", "5"),
         "eight": ("eight", "8"),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ MINILM_SHA256 = {  # of version 0.1.0
 PIPELINE = 1  # raise it when the code below computes other values from the same weights and data
 IMAGE_SHARD, CAPTION_SHARD = 1024, 4096  # items of a cache file: what an interruption can cost
 
-Images = Sequence[str | os.PathLike] | Tensor
+Images: TypeAlias = Sequence[str | os.PathLike] | Tensor
 
 
 def image_features(
@@ -423,7 +423,7 @@ def _in_shards(
     starts = range(0, n, shard)
     folder = Path(cache, key) if cache is not None else None
     paths = [folder and folder / f"{start // shard:05}.safetensors" for start in starts]
-    whole = folder is not None and all(path.is_file() for path in paths)
+    whole = all(path is not None and path.is_file() for path in paths)
     what, unit = ("image features", "image") if "images" in about else ("token embeddings", "caption")
     computing = nullcontext() if folder is None or whole else locked(folder, f"computing {what}")
     with computing, tqdm(total=n, desc=what, unit=unit, disable=not progress or whole, leave=False) as bar:

@@ -293,7 +293,7 @@ def load_classes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         if not lines or None in matches:
             bad = lines[matches.index(None)] if lines else "nothing"
             raise DMVAEError(f"{path} holds {bad!r}; expected lines such as class_00041. Unpack the captions again.")
-        classes[split] = tuple(int(match[1]) for match in matches)
+        classes[split] = tuple(int(match[1]) for match in matches if match)
     check_classes(classes)
     return classes
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dmvae_lib.errors import DMVAEError
 
-Labels = Tensor | np.ndarray | Sequence[int]
+Labels: TypeAlias = Tensor | np.ndarray | Sequence[int]
 
 
 def pair_by_class(
@@ -48,10 +49,10 @@ def pair_many(
             raise DMVAEError(f"pairing: {name}={value!r}; expected a whole number, at least {least}.")
     if not labels:
         raise DMVAEError("pair_many: no labels; give a mapping from each data set's name to its labels.")
-    labels = {name: _as_labels(name, values) for name, values in labels.items()}
-    counts = {name: _counts(values) for name, values in labels.items()}
+    tensors = {name: _as_labels(name, values) for name, values in labels.items()}
+    counts = {name: _counts(values) for name, values in tensors.items()}
     for label in sorted(set().union(*counts.values())):
-        found = {name: counts[name].get(label, 0) for name in labels}
+        found = {name: counts[name].get(label, 0) for name in tensors}
         if 0 in found.values():
             listed = ", ".join(f"{count} in {name!r}" for name, count in found.items())
             raise DMVAEError(
@@ -62,12 +63,12 @@ def pair_many(
     generator = torch.Generator().manual_seed(seed)
     by_class = {
         name: dict(zip(counts[name], values.argsort(stable=True).split(list(counts[name].values())), strict=True))
-        for name, values in labels.items()
+        for name, values in tensors.items()
     }
-    index = {name: [] for name in labels}
-    for label in counts[next(iter(labels))]:
-        n = min(max_per_class, *(counts[name][label] for name in labels))
-        for name in labels:
+    index: dict[str, list[Tensor]] = {name: [] for name in tensors}
+    for label in counts[next(iter(tensors))]:
+        n = min(max_per_class, *(counts[name][label] for name in tensors))
+        for name in tensors:
             # Sorting random numbers makes all permutations at once; float64 has no ties to speak of.
             order = torch.rand(permutations, n, generator=generator, dtype=torch.float64).argsort(-1)
             index[name].append(by_class[name][label][order].flatten())

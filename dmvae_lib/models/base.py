@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dmvae_lib.distributions import DiagonalGaussian, Likelihood, bernoulli, gaussian, laplace
 from dmvae_lib.errors import DMVAEError
+from dmvae_lib.models.saving import Saved
 
 Batch = Mapping[str, Tensor]
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {"bernoulli": bernoulli, "gaussian": gaussian, "laplace": laplace}
@@ -46,7 +47,7 @@ class Modality:
                 )
             self.likelihood = LIKELIHOODS[self.likelihood]()
         elif not isinstance(self.likelihood, Likelihood):
-            self.likelihood = Likelihood(self.likelihood)
+            self.likelihood = Likelihood(self.likelihood, name=getattr(self.likelihood, "__name__", "custom"))
         if self.private_dim < 0 or self.weight < 0:
             raise DMVAEError(
                 f"Modality: private_dim={self.private_dim}, weight={self.weight}; neither may be negative."
@@ -81,8 +82,12 @@ class Terms:
         return self.parts[name]
 
 
-class MultimodalVAE(nn.Module):
-    """Encoders, decoders, and what follows from them; a model adds `loss` and, where it differs, `joint`."""
+class MultimodalVAE(nn.Module, Saved):
+    """Encoders, decoders, and what follows from them; a model adds `loss` and, where it differs, `joint`.
+
+    arguments: what its constructor takes besides networks, as JSON, and experiment: what `build` made it from, if it
+    did; `save` writes both.
+    """
 
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int):
         super().__init__()
@@ -92,9 +97,11 @@ class MultimodalVAE(nn.Module):
             raise DMVAEError(f"{type(self).__name__}: shared_dim={shared_dim}; expected at least 1.")
         self.names = tuple(modalities)
         self.shared_dim = shared_dim
+        self.arguments: dict[str, Any] = {"shared_dim": shared_dim}
+        self.experiment: dict[str, Any] | None = None
         self.private_dims = {name: modality.private_dim for name, modality in modalities.items()}
         self.weights = {name: modality.weight for name, modality in modalities.items()}
-        self.likelihoods = {name: modality.likelihood for name, modality in modalities.items()}
+        self.likelihoods: dict[str, Any] = {name: modality.likelihood for name, modality in modalities.items()}
         self.encoders = nn.ModuleDict({name: modality.encoder for name, modality in modalities.items()})
         self.decoders = nn.ModuleDict({name: modality.decoder for name, modality in modalities.items()})
         self.features = nn.ModuleDict({name: m.features for name, m in modalities.items() if m.features is not None})

@@ -31,6 +31,7 @@ class DMVAE(MultimodalVAE):
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int, without: Iterable[str] = ()):
         super().__init__(modalities, shared_dim)
         self.without = frozenset(without)
+        self.arguments["without"] = sorted(self.without)
         bounds = [f"{target}<-{source}" for target in self.names for source in ("joint", *self.names)]
         known = {*bounds, *(f"{bound}/{part}" for bound in bounds for part in PARTS)}
         if self.without - known:

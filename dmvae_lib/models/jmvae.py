@@ -59,7 +59,7 @@ class JMVAE(JointNetworkVAE):
         super().__init__(modalities, shared_dim, joint_encoder)
         if alpha < 0:
             raise DMVAEError(f"JMVAE: alpha={alpha}; it weighs a divergence and may not be negative.")
-        self.alpha = alpha
+        self.alpha = self.arguments["alpha"] = alpha
 
     def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
         """The objective, negated. Terms: "elbo(joint)/log_likelihood(name)", "elbo(joint)/kl", and, before alpha,

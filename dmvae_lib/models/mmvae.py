@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +41,15 @@ class MMVAE(SharedVAE):
         super().__init__(modalities, shared_dim)
         if particles < 1:
             raise DMVAEError(f"MMVAE: particles={particles}; expected at least 1.")
-        self.particles = particles
+        self.particles = self.arguments["particles"] = particles
         self.prior_logits = nn.Parameter(self._like().new_zeros(shared_dim))
 
-    def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, Laplace]:
+    def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, Laplace]:  # type: ignore[override]
         """The Laplace expert of one modality; no private part."""
         private, statistics = super().encode(name, x)  # whose second half is here the scale's logits
         return private, Laplace(statistics.mean, laplace_scale(statistics.logvar) + 1e-6)
 
-    def joint(self, experts: Iterable[Laplace]) -> Laplace | Mixture:
+    def joint(self, experts: Iterable[Laplace]) -> Laplace | Mixture:  # type: ignore[override]
         """The equal-weight mixture of the observed experts; one expert alone is its own mixture."""
         experts = list(experts)
         return experts[0] if len(experts) == 1 else Mixture(experts)
@@ -66,7 +67,8 @@ class MMVAE(SharedVAE):
         weight, and "kl", the Monte Carlo log q - log p, both plain means over particles and modalities, so that
         sum of log-likelihoods - beta * kl is an ELBO, at most the bound."""
         posterior = self.infer_all(batch)
-        experts, targets = posterior.shared.values(), posterior.targets
+        experts: Iterable[Any] = posterior.shared.values()  # Laplace
+        targets = posterior.targets
         z = torch.stack([q.rsample(n=self.particles) for q in experts])  # (N, K, B, s)
         log_likelihoods = {name: self.weighted_log_likelihood(name, z, targets[name]) for name in self.names}
         constant = Mixture([Laplace(q.mean.detach(), q.scale.detach()) for q in experts])

@@ -38,7 +38,7 @@ class MVAE(SharedVAE):
                 f"MVAE: random_subsets={random_subsets}; {len(self.names)} modalities have {available} subsets besides "
                 "the single ones and the full set."
             )
-        self.random_subsets = random_subsets
+        self.random_subsets = self.arguments["random_subsets"] = random_subsets
 
     def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
         """The expert of one modality, its log-variance clamped; no private part."""

@@ -34,9 +34,10 @@ class TELBO(JointNetworkVAE):
     ):
         super().__init__(modalities, shared_dim, joint_encoder)
         self.unimodal_weights = self.weights | dict(unimodal_weights or {})
+        self.arguments["unimodal_weights"] = self.unimodal_weights
         if set(self.unimodal_weights) != set(self.names) or min(self.unimodal_weights.values()) < 0:
             raise DMVAEError(
-                f"TELBO: unimodal_weights={dict(unimodal_weights)}; expected weights >= 0 for {', '.join(self.names)}."
+                f"TELBO: unimodal_weights={unimodal_weights}; expected weights >= 0 for {', '.join(self.names)}."
             )
 
     def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:

@@ -55,6 +55,9 @@ class FlowerDMVAE(DMVAE):
         text = modality(2 * hidden, private_dims[1], weights[1], TextFeatures(token_dim, hidden))
         super().__init__({"image": image, "text": text}, shared_dim, without)
         self.matching, self.evidence = matching, evidence
+        self.arguments |= {"image_dim": image_dim, "token_dim": token_dim, "hidden": hidden, "matching": matching}
+        self.arguments |= {"private_dims": private_dims, "decoder_hidden": decoder_hidden, "weights": weights}
+        self.arguments["evidence"] = evidence
 
     def embed_image(self, x: Tensor) -> Tensor:
         """(B, shared_dim), the mean of q(z_s | image)."""
@@ -64,7 +67,9 @@ class FlowerDMVAE(DMVAE):
         """(B, shared_dim), the mean of q(z_s | text)."""
         return self.infer({"text": tokens}).shared["text"].mean
 
-    def loss(self, batch: Batch, labels: Tensor, beta: float | Tensor = 1.0) -> Terms:
+    def loss(  # type: ignore[override]  # Eq. 4 needs the classes
+        self, batch: Batch, labels: Tensor, beta: float | Tensor = 1.0
+    ) -> Terms:
         """Eq. 3's terms as `DMVAE.loss` names them, and, before their weight, "matching(image)", "matching(text)"."""
         check_pairs(batch, labels)
         posterior = self.infer_all(batch)

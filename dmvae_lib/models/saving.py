@@ -1,0 +1,186 @@
+"""Models on disk and on the Hugging Face Hub: weights as safetensors, configuration as JSON; no pickle, no code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.files import atomic_write, sha256, verify
+
+if TYPE_CHECKING:
+    from dmvae_lib.models.base import Modality
+
+Model = TypeVar("Model", bound="Saved")
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CARD = """---
+{{ card_data }}
+---
+
+# {{ model }} of {{ modalities }}
+
+A multimodal variational autoencoder, saved by dmvae_lib. `config.json` says what it was built from,
+`model.safetensors` holds its weights.
+{% if experiment %}
+    model = load_experiment("this repository", revision="a commit")
+{% elif networks %}
+The encoders and decoders are code and not in here: load it with networks of the same architecture,
+
+    modalities = {name: Modality(encoder, decoder, private_dim, weight, likelihood), ...}
+    model = {{ model }}.from_pretrained("this repository", modalities, revision="a commit")
+{% else %}
+    model = {{ model }}.from_pretrained("this repository", revision="a commit")
+{% endif %}"""
+
+
+class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"], model_card_template=CARD):
+    """Saving and loading for a `MultimodalVAE`; `push_to_hub(repo_id)` and `save_pretrained` are the Hub's own."""
+
+    names: tuple[str, ...]
+    private_dims: dict[str, int]
+    weights: dict[str, float]
+    likelihoods: dict[str, Any]  # Likelihood
+    features: nn.ModuleDict
+    arguments: dict[str, Any]
+    experiment: dict[str, Any] | None
+    eval: Callable[[], Self]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model.safetensors and config.json into `folder`, each whole or not at all.
+
+        Raises DMVAEError for a folder that cannot be written.
+        """
+        folder = Path(folder)
+        with atomic_write(folder / WEIGHTS) as temporary:
+            save_model(self, str(temporary))
+        config = _description(self) | {"library": version("dmvae_lib"), "sha256": sha256(folder / WEIGHTS)}
+        with atomic_write(folder / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, modalities: Mapping[str, Modality] | None = None, **networks: nn.Module) -> Self:
+        """The model that `save` wrote into `folder`, on the CPU, ready for inference.
+
+        modalities: with encoders and decoders of the same architecture; their weights are replaced. networks: other
+        modules that the model is built from (`joint_encoder`).
+
+        Raises DMVAEError, naming what differs, for modalities that are not those that were saved, and for files that
+        are missing, damaged or of another model.
+        """
+        config = read_config(folder)
+        if config["model"] != cls.__name__:
+            raise DMVAEError(f"{folder} holds a model {config['model']}; load it with {config['model']}.load.")
+        given: dict[str, Any] = {} if modalities is None else {"modalities": modalities}
+        try:
+            model = cls(**given, **config["arguments"], **networks)
+        except TypeError as error:
+            raise DMVAEError(
+                f"{cls.__name__}.load, {folder}: {error}. The networks are code and not in the file: give the "
+                "modalities, and whatever other network the model was built from, as when it was built."
+            ) from error
+        return load_weights(model, folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the Hub's own reads config.json as arguments of the constructor
+        cls,
+        source: str | Path,
+        modalities: Mapping[str, Modality] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **networks: nn.Module,
+    ) -> Self:
+        """`load` from a folder, or from a repository of the Hub at `revision`: a commit pins it, a branch moves."""
+        where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        folder = fetched(source, **where, force_download=force_download, local_files_only=local_files_only)
+        return cls.load(folder, modalities, **networks)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The Hub's README.md."""
+        facts = {"model": type(self).__name__, "modalities": " and ".join(self.names), "experiment": self.experiment}
+        networks = "modalities" in inspect.signature(type(self).__init__).parameters
+        return super().generate_model_card(*args, **facts | {"networks": networks} | kwargs)
+
+
+def fetched(source: str | Path, **options: Any) -> Path:
+    """`source` if it is a folder, else the folder of that Hub repository's two files; options: snapshot_download's."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG], **options))
+    except (OSError, ValueError) as error:  # not found, no access, no network, or no name of a repository
+        raise DMVAEError(
+            f"cannot load {str(source)!r}: it is no folder here, and the Hub says: {str(error).strip()} "
+            "Check the path, or the repository (owner/name), its revision and the network."
+        ) from error
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a saved model. Raises DMVAEError if it is missing or is not one of this library's."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        if not {"model", "modalities", "arguments", "sha256"} <= set(config):
+            raise ValueError("it describes no model of this library")
+    except (OSError, ValueError, TypeError) as error:
+        raise DMVAEError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); expected a folder that `save` wrote, "
+            f"with {CONFIG} and {WEIGHTS}."
+        ) from error
+    return config
+
+
+def load_weights(model: Model, folder: str | Path) -> Model:
+    """`model` with the weights saved in `folder`. Raises DMVAEError for a model unlike the saved one, naming what."""
+    config, path = read_config(folder), Path(folder) / WEIGHTS
+    saved, given = _flat(config), _flat(_description(model))
+    unlike = [
+        f"{key}: saved {saved.get(key, 'nothing')}, given {given.get(key, 'nothing')}"
+        for key in sorted(saved | given)
+        if saved.get(key) != given.get(key)
+    ]
+    if unlike:
+        raise DMVAEError(f"{folder} holds another model: {'; '.join(unlike)}. Give it what it was built from.")
+    verify(path, config["sha256"])
+    try:
+        load_model(model, path)
+    except RuntimeError as error:
+        raise DMVAEError(f"{path} does not fit these networks: {error}. Give networks of the saved shapes.") from error
+    return model.eval()
+
+
+def _description(model: Saved) -> dict[str, Any]:
+    modalities = {
+        name: {
+            "private_dim": int(model.private_dims[name]),
+            "weight": float(model.weights[name]),
+            "likelihood": model.likelihoods[name].name,
+            "features": name in model.features,
+        }
+        for name in model.names
+    }
+    config = {"model": type(model).__name__, "modalities": modalities, "arguments": model.arguments}
+    return config | ({"experiment": model.experiment} if model.experiment else {})
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal, as {"audio private_dim": "1", …}."""
+    return {
+        f"{name} {key}".strip(): json.dumps(value)
+        for name, values in (*config["modalities"].items(), ("", config["arguments"]))
+        for key, value in values.items()
+    }
