@@ -61,7 +61,7 @@ def train(items: Sequence[Item], scheduler: str) -> None:
                     else:
                         _wait_for(Path(future.result(), "run.json"))
                     bar.update()
-                time.sleep(0.2)
+                time.sleep(0.5)
         except (OSError, CancelledError) as error:
             raise DMVAEError(
                 f"the scheduler at {scheduler} is lost, {len(waiting)} of {len(items)} runs are not finished; start "

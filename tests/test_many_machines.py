@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -40,7 +40,7 @@ def few_digits():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    profile = replace(ex.get_profile("smoke"), steps=80, batch_size=20, width=0.125)
+    profile = replace(ex.get_profile("smoke"), steps=80, batch_size=10, width=0.125)
     setting = FewDigits(**vars(ex.setting("smoke", device="cpu")))
     return replace(setting, profile=profile, runs=tmp_path_factory.mktemp("runs"))
 
@@ -54,26 +54,37 @@ def workers():
 
 
 def run_and_note(experiment, seed, setting):
-    """`run` with a checkpoint at every row of the history; notes who begins, and from which step."""
-    with patch.object(ex, "train", partial(noted, setting.runs / f"{experiment.name}-{seed}.begun")):
+    """`run` with a checkpoint at every row of the history; notes which process begins, and after how many updates it ends."""
+    note = setting.runs / f"{experiment.name}-{seed}.note"
+
+    def noted(model, data, plan, seed, device, folder, objective, *rest, **options):
+        updates = []
+
+        def counted(*batch):
+            updates.append(1)
+            return objective(*batch)
+
+        write(note, f"{os.getpid()} begins")
+        history = train(model, data, plan, seed, device, folder, counted, *rest, **options, checkpoint_seconds=0.0)
+        write(note, f"{os.getpid()} ends after {len(updates)}")
+        return history
+
+    with patch.object(ex, "train", noted):
         return ex.run(experiment, seed, setting)
 
 
-def noted(note, model, data, plan, seed, device, folder, *rest):
-    checkpoint = folder / "checkpoint.pt"
-    step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
-    with open(note, "a") as file:
-        file.write(f"{os.getpid()} {step}\n")
-    return train(model, data, plan, seed, device, folder, *rest, checkpoint_seconds=0.0)
+def write(path, line):
+    with open(path, "a") as file:
+        file.write(line + "\n")
 
 
 def kill_one_that_trains(runs, killed):
-    """Kills, once two items are being trained and one has a checkpoint, the process that trains that one."""
-    deadline = time.monotonic() + 60
+    """Kills the process that trains the first item with a checkpoint."""
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for checkpoint in runs.glob("*/*/*/checkpoint.pt"):
             seed = checkpoint.parent.name.removeprefix("seed").split("-")[0]
-            note = runs / f"{checkpoint.parent.parent.name}-{seed}.begun"
+            note = runs / f"{checkpoint.parent.parent.name}-{seed}.note"
             pid = int(note.read_text().split()[0])
             os.kill(pid, signal.SIGKILL)
             killed.append((note, pid))
@@ -89,10 +100,13 @@ def test_a_killed_workers_item_is_trained_on_elsewhere_with_the_same_results(wor
     killer.join()
 
     ((note, pid),) = killed
-    begun = [tuple(map(int, line.split())) for line in note.read_text().splitlines()]
-    assert begun[0] == (pid, 0) and len(begun) == 2 and begun[1][0] != pid  # another process went on with it,
-    assert 0 < begun[1][1] < place.profile.steps  # from the checkpoint
-    assert os.getpid() not in {int(line.split()[0]) for p in place.runs.glob("*.begun") for line in p.open()}
+    first, second, end = note.read_text().splitlines()
+    assert (
+        first == f"{pid} begins" and second.endswith("begins") and second != first
+    )  # another process went on with it,
+    assert end.startswith(second.split()[0])
+    assert 0 < int(end.split()[-1]) < place.profile.steps  # from the checkpoint
+    assert str(os.getpid()) not in {path.read_text().split()[0] for path in place.runs.glob("*.note")}
 
     undisturbed = ex.run_grid(EXPERIMENTS, replace(place, seeds=2, runs=place.runs / "undisturbed"))
     assert done.keys() == undisturbed.keys() and len(done) == 4

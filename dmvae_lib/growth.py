@@ -1,0 +1,169 @@
+"""`make growth`: time per update and peak memory against pairs, batch size, particles and modalities."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from dmvae_lib import networks, plots  # noqa: F401 (plots sets the style of all figures)
+from dmvae_lib.benchmark import seconds
+from dmvae_lib.data.digits import SHAPES
+from dmvae_lib.data.pairing import PairedData
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build, schedule, setting
+from dmvae_lib.models import DMVAE, Modality, MultimodalVAE
+from dmvae_lib.profiles import Profile, get_profile
+from dmvae_lib.report import Results
+from dmvae_lib.training import Schedule, resolve_device, train
+
+ITEMS = 8_000  # per modality; random pixels, since what they show does not matter here
+AXES = {  # {against: values}
+    "pairs": tuple(ITEMS * pairings for pairings in (1, 6, 35, 210)),  # the paper has 1.68 million
+    "batch size": (25, 50, 100, 200),
+    "particles": (1, 3, 10, 30),
+    "modalities": (1, 2, 3, 5),
+}
+WORK = {  # {against: (how the work of an update grows, in words)}
+    "pairs": (lambda x: 1, "flat"),
+    "batch size": (lambda x: x, "∝ B"),
+    "particles": (lambda x: x, "∝ K"),
+    "modalities": (lambda x: x * (x + 1), "∝ N (N + 1), Eq. 3's reconstructions"),
+}
+ROUNDS, STRETCH = 3, 0.5  # how often, and for about how many seconds, updates are timed
+
+
+def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, PairedData, Schedule]:
+    """What to train for one point: the profile's DMVAE (MMVAE for the particles), with one size set to `value`."""
+    shapes, experiment = SHAPES, DMVAE_DIGITS
+    if against == "batch size":
+        profile = replace(profile, batch_size=value)
+    elif against == "particles":
+        profile, experiment = replace(profile, particles=value), TABLE1["MMVAE"]
+    elif against == "modalities":
+        shapes = {f"svhn{i}": SHAPES["svhn"] for i in range(value)}
+    torch.manual_seed(0)
+    items = {name: torch.randint(256, (ITEMS, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
+    labels = dict.fromkeys(shapes, torch.arange(ITEMS) % 10)
+    data = PairedData.pair(items, labels, value // ITEMS if against == "pairs" else 1)
+    plan = schedule(experiment, profile)
+    if against != "modalities":
+        return build(experiment, profile), data, plan
+    private, shared = DMVAE_DIGITS.private_dims[1], DMVAE_DIGITS.shared_dim
+    modalities = {
+        name: Modality(
+            networks.svhn_encoder(private, shared, profile.width),
+            networks.svhn_decoder(private, shared, profile.width),
+            private,
+        )
+        for name in shapes
+    }
+    return DMVAE(modalities, shared), data, plan
+
+
+def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
+    """One point, to be measured in a process of its own: ms per update, and MB at the peak above the start's.
+
+    Only updates count: the time of one alone, with all that comes before the first, is taken off that of several.
+    """
+    start = _peak(device)
+    model, data, plan = case(against, value, profile)
+
+    def updates(n: int) -> float:
+        return seconds(lambda: train(model, data, replace(plan, steps=n), device=device), device)
+
+    updates(1)  # warm: allocations, choice of kernels
+    alone = updates(1)
+    n = round(min(50, max(1, STRETCH / alone)))
+    per_update = statistics.median(updates(n + 1) - alone for _ in range(ROUNDS)) / n
+    return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
+
+
+def _peak(device: torch.device) -> float:
+    """MB: of the device's memory allocated at most so far; of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin with the peak of the process that started this one
+        (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1.024 * int(kilobytes) / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else 1.024 * peak / 1e3
+
+
+def measure(profile: str, device: str = "auto", axes: Mapping[str, Sequence[int]] = AXES) -> pd.DataFrame:
+    """A line for every axis and value, each measured by a fresh Python: ms per update, peak MB."""
+    lines = []
+    points = [(against, value) for against, values in axes.items() for value in values]
+    bar = tqdm(points, desc="growth", unit="point", leave=False)
+    for against, value in bar:
+        bar.set_postfix_str(f"{value} {against}")
+        command = [sys.executable, "-m", "dmvae_lib.growth", "--profile", profile, "--device", device]
+        done = subprocess.run([*command, "--point", against, str(value)], capture_output=True, text=True)
+        if done.returncode:
+            raise DMVAEError(f"growth: {against} = {value} failed: {done.stderr.strip()[-600:]}")
+        lines.append({"against": against, "value": value, **json.loads(done.stdout.splitlines()[-1])})
+    return pd.DataFrame(lines).set_index(["against", "value"])
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """A column for every axis of `measure`'s table: time above, memory below, both beside the growth of the work."""
+    axes_of = table.index.get_level_values("against").unique()
+    shown, axes = plt.subplots(2, len(axes_of), figsize=(3.4 * len(axes_of), 6), squeeze=False, sharex="col")
+    for column, against in zip(axes.T, axes_of):
+        work, words = WORK[against]
+        for ax, measured in zip(column, table.columns):
+            values = table.loc[against, measured]
+            line = pd.Series([work(x) for x in values.index], values.index)
+            line *= values.iloc[-1] / line.iloc[-1]
+            ax.plot(line, "--", color="0.5", label=words)
+            ax.plot(values, "o-")
+            ax.set(xscale="log", yscale="log", xlabel=against, ylabel=measured)
+            ax.set_xticks(values.index, [f"{x:,}" for x in values.index])
+            ax.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
+            ax.legend(fontsize="x-small", frameon=False)
+    shown.tight_layout()
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick", help="whose widths and other sizes; quick, subset or paper")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--point", nargs=2, metavar=("AGAINST", "VALUE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        device = resolve_device(options.device)
+        if options.point:
+            against, value = options.point
+            print(json.dumps(point(against, int(value), get_profile(options.profile), device)))
+            return
+        place = setting(options.profile, device=options.device)
+        table = measure(options.profile, options.device)
+    except DMVAEError as error:
+        sys.exit(f"\n{error}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    caption = (
+        f"Growth of one update's time and of the memory at its peak, data included, on {where}: DMVAE, MMVAE for the "
+        "particles (whose batch goes through in chunks), N modalities of SVHN's shape. Dashed: the growth of the work."
+    )
+    results = Results(place, "dmvae_lib/growth.py")
+    results.frame("growth", table.round(2), caption)
+    results.figure("growth", figure(table), caption)
+    print(f"{caption}\n{table.round(1).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
