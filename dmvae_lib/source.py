@@ -54,7 +54,7 @@ def source_digests(*roots: Callable | ModuleType) -> dict[str, str]:
         item = todo.pop()
         if not isinstance(item, CODE):
             continue
-        module = item.__name__ if isinstance(item, ModuleType) else item.__module__
+        module = item.__name__ if isinstance(item, ModuleType) else item.__module__ or ""
         ours = module.partition(".")[0] == LIBRARY
         if ours and module not in BY_FUNCTION and not isinstance(item, ModuleType):
             item = sys.modules[module]
