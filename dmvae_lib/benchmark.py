@@ -26,10 +26,11 @@ from tqdm.auto import tqdm
 
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DMVAE_DIGITS, Setting, build, setting
+from dmvae_lib.experiments import DMVAE_DIGITS, build
 from dmvae_lib.models import DMVAE
 from dmvae_lib.plots import benchmark_bars
 from dmvae_lib.report import Results
+from dmvae_lib.runs import Setting, setting
 from dmvae_lib.training import Schedule, resolve_device, train
 
 STEPS, ROUNDS = 20, 5  # updates timed at a stretch; every contestant gets its stretch in each round

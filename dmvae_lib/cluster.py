@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from dmvae_lib.errors import DMVAEError
 
 if TYPE_CHECKING:
-    from dmvae_lib.experiments import Item
+    from dmvae_lib.runs import Item
 
 CONNECT_SECONDS = 8.0
 VISIBLE_SECONDS = 90.0  # network file systems show another machine's new files late, by a minute at most

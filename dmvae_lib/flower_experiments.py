@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dmvae_lib.data.flowers import FlowerData, load_flowers
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import Run, Setting, computed_once, run_grid, train_or_load
+from dmvae_lib.experiments import run_grid
 from dmvae_lib.models import flowers
 from dmvae_lib.profiles import Profile
 from dmvae_lib.retrieval import evaluate_retrieval
+from dmvae_lib.runs import Run, Setting, computed_once, train_or_load
 from dmvae_lib.training import Schedule, resolve_device
 
 

@@ -23,10 +23,11 @@ from dmvae_lib.benchmark import seconds
 from dmvae_lib.data.digits import SHAPES
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build, schedule, setting
+from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build, schedule
 from dmvae_lib.models import DMVAE, Modality, MultimodalVAE
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.report import Results
+from dmvae_lib.runs import setting
 from dmvae_lib.training import Schedule, resolve_device, train
 
 ITEMS = 8_000  # per modality; random pixels, since what they show does not matter here

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import Run, Setting, coherence, configuration_hash, provenance
+from dmvae_lib.experiments import coherence
 from dmvae_lib.files import (
     atomic_write,
     check_seal,
@@ -27,6 +27,7 @@ from dmvae_lib.files import (
     write_json,
 )
 from dmvae_lib.paper import Claim
+from dmvae_lib.runs import Run, Setting, configuration_hash, provenance
 from dmvae_lib.source import changed, python_digest, source_digests
 from dmvae_lib.training import resolve_device
 

@@ -16,19 +16,11 @@ from tqdm import tqdm
 
 from dmvae_lib import cluster
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import (
-    DIGITS,
-    DMVAE_DIGITS,
-    Setting,
-    classifier_items,
-    grid,
-    project_folder,
-    run_items,
-    setting,
-)
+from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier_items, grid
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower
 from dmvae_lib.report import index, readme_tables
+from dmvae_lib.runs import Setting, project_folder, run_items, setting
 
 KERNEL = "python3"
 DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell

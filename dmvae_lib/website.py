@@ -26,7 +26,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import project_folder
+from dmvae_lib.runs import project_folder
 
 PAGE = Template("""<!doctype html>
 <html lang="en">

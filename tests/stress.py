@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 from torch import nn
 
-from dmvae_lib import DMVAE, DMVAEError, Modality, files, report, reproduce
+from dmvae_lib import DMVAE, DMVAEError, Modality, files, report, reproduce, runs
 from dmvae_lib import experiments as ex
 from dmvae_lib.data import PairedData, digits, features, flowers
 from dmvae_lib.profiles import get_profile
@@ -66,16 +66,16 @@ def small_model() -> DMVAE:
     return DMVAE({name: Modality(encoder(n), nn.Linear(3, n), 1) for name, n in {"a": 6, "b": 4}.items()}, shared_dim=2)
 
 
-def place_of(folder: Path) -> ex.Setting:
+def place_of(folder: Path) -> runs.Setting:
     profile = replace(get_profile("smoke"), name="stress", writes_results=True)
-    return ex.Setting(profile, device="cpu", runs=folder / "runs", results=folder / "results" / "stress")
+    return runs.Setting(profile, device="cpu", runs=folder / "runs", results=folder / "results" / "stress")
 
 
-def small_run(place: ex.Setting, plan: Schedule = SHORT, seed: int = 0) -> ex.Run:
-    return ex.train_or_load(small_model, small_data(), plan, seed, place, "small", {})
+def small_run(place: runs.Setting, plan: Schedule = SHORT, seed: int = 0) -> runs.Run:
+    return runs.train_or_load(small_model, small_data(), plan, seed, place, "small", {})
 
 
-def measure(run: ex.Run) -> dict[str, float]:
+def measure(run: runs.Run) -> dict[str, float]:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         return {"joint": 1 / (1 + run.model.loss(small_data().batch(torch.arange(20))).total.item() ** 2)}
@@ -268,7 +268,7 @@ def two_at_once(folder: Path, tries: int, chance: random.Random) -> tuple[int, i
 
 NOTEBOOK = """
 import stress
-from dmvae_lib.experiments import computed_once
+from dmvae_lib.runs import computed_once
 from dmvae_lib.report import Results, compare
 from pathlib import Path
 
@@ -455,7 +455,7 @@ def corrupted_evaluations(folder: Path, tries: int, chance: random.Random) -> tu
     paths = [run.folder / "measure.json" for run in made]
 
     def load() -> list:
-        return [ex.computed_once(path, lambda run=run: measure(run), measure) for path, run in zip(paths, made)]
+        return [runs.computed_once(path, lambda run=run: measure(run), measure) for path, run in zip(paths, made)]
 
     load()
     return corrupted(paths, load, tries, chance)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmvae_lib import DMVAEError
+from dmvae_lib import DMVAEError, runs
 from dmvae_lib import experiments as ex
 from dmvae_lib.report import Results, compare, index, readable
 
@@ -16,7 +16,7 @@ from dmvae_lib.report import Results, compare, index, readable
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
-    return replace(ex.setting("smoke", device="cpu"), runs=folder / "runs", results=folder / "results" / "smoke")
+    return replace(runs.setting("smoke", device="cpu"), runs=folder / "runs", results=folder / "results" / "smoke")
 
 
 def test_a_run_is_trained_once_then_loaded_with_the_same_weights(place, monkeypatch):
@@ -52,13 +52,13 @@ def test_a_damaged_run_is_named(place):
 
 def test_unknown_profile_model_device_and_seeds():
     with pytest.raises(DMVAEError, match="unknown profile 'fast'.*smoke, quick, subset, paper"):
-        ex.setting("fast")
+        runs.setting("fast")
     with pytest.raises(DMVAEError, match="device 'tpu9'"):
-        ex.setting(device="tpu9")
+        runs.setting(device="tpu9")
     with pytest.raises(DMVAEError, match="seeds=0"):
-        ex.setting(seeds=0)
+        runs.setting(seeds=0)
     with pytest.raises(DMVAEError, match="unknown model 'GAN'"):
-        ex.build(ex.Experiment("x", model="GAN"), ex.setting("smoke").profile)
+        ex.build(ex.Experiment("x", model="GAN"), runs.setting("smoke").profile)
 
 
 class Echo(nn.Module):

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dmvae_lib import DMVAEError, cluster
+from dmvae_lib import DMVAEError, cluster, runs
 from dmvae_lib import experiments as ex
 from dmvae_lib.data import PairedData
 from dmvae_lib.data.digits import Digits
@@ -22,7 +22,7 @@ distributed = pytest.importorskip("distributed")
 EXPERIMENTS = [ex.DMVAE_DIGITS, ex.TABLE3["no private spaces"]]
 
 
-class FewDigits(ex.Setting):
+class FewDigits(runs.Setting):
     """Some of the embedded digits: every process draws its own, which takes seconds for all of them."""
 
     @property
@@ -41,7 +41,7 @@ def few_digits():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     profile = replace(ex.get_profile("smoke"), steps=80, batch_size=10, width=0.125)
-    setting = FewDigits(**vars(ex.setting("smoke", device="cpu")))
+    setting = FewDigits(**vars(runs.setting("smoke", device="cpu")))
     return replace(setting, profile=profile, runs=tmp_path_factory.mktemp("runs"))
 
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmvae_lib import DMVAEError
-from dmvae_lib import experiments as ex
+from dmvae_lib import DMVAEError, runs
 from dmvae_lib.data import PairedData, pair_many
 from dmvae_lib.data.features import token_embeddings
 from dmvae_lib.data.flowers import CAPTIONS, load_captions, load_classes
@@ -172,16 +171,16 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.text(), VALUES, min_size=1), st.data())
 def test_a_configurations_hash_takes_any_order_and_sees_every_change(config, data):
-    digest = ex.configuration_hash(config)
-    assert ex.configuration_hash(dict(reversed(config.items()))) == digest
+    digest = runs.configuration_hash(config)
+    assert runs.configuration_hash(dict(reversed(config.items()))) == digest
     key = data.draw(st.sampled_from(sorted(config)))
-    assert ex.configuration_hash(config | {key: [config[key]]}) != digest
+    assert runs.configuration_hash(config | {key: [config[key]]}) != digest
 
 
 @given(st.one_of(st.integers(max_value=0), st.floats(), st.text(), st.none(), st.lists(st.integers())))
 def test_seeds_are_a_count_or_refused(seeds):
     with pytest.raises(DMVAEError, match="seeds="):
-        ex.setting(seeds=seeds)
+        runs.setting(seeds=seeds)
 
 
 @given(st.sampled_from([torch.int64, torch.float32, torch.bool]), st.integers(0, 2), SEEDS)
