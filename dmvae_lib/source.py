@@ -38,7 +38,7 @@ def source_digests(*roots: str | Callable) -> dict[str, str]:
     found: dict[str, str] = {}
     todo = []
     for root in roots:
-        root = root.func if isinstance(root, partial) else root
+        root = root if isinstance(root, str) else inspect.unwrap(root.func if isinstance(root, partial) else root)
         if isinstance(root, str) or root.__module__ in IMPORTED.keys() - ASIDE:
             todo.append(root if isinstance(root, str) else root.__module__)
         elif inspect.isfunction(root):
