@@ -96,12 +96,13 @@ def python_digest(text: str) -> str:
 
 
 def _code_of(value: object) -> object:
-    """The function behind a partial or a method; the class of any other callable object."""
+    """The function behind a partial, a method or functools.cache; the class of any other callable object."""
     while isinstance(value, partial):
         value = value.func
     value = getattr(value, "__func__", value)
-    callable_object = callable(value) and not isinstance(value, (FunctionType, type))
-    return type(value) if callable_object else value
+    if not callable(value) or isinstance(value, (FunctionType, type)):
+        return value
+    return getattr(value, "__wrapped__", None) or type(value)
 
 
 def _inside(item: FunctionType | type) -> list:
