@@ -99,7 +99,7 @@ def start(function: Callable, *arguments) -> int:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        ex.train = functools.partial(train, checkpoint_seconds=0)
+        runs.train = functools.partial(train, checkpoint_seconds=0)
         function(*arguments)
         code = 0
     except DMVAEError:
@@ -239,14 +239,14 @@ def two_at_once(folder: Path, tries: int, chance: random.Random) -> tuple[int, i
     expected = undisturbed(folder / "undisturbed", SHORT)
 
     def noted(place: Path) -> None:
-        usual = ex.train
+        usual = runs.train
 
         def noting(*arguments, **options):
             (place / f"trained-{os.getpid()}").touch()
             time.sleep(0.05)  # so that the others come in the middle
             return usual(*arguments, **options)
 
-        ex.train = noting
+        runs.train = noting
         run_in(place, SHORT)
 
     lost = 0
@@ -298,7 +298,7 @@ def reproduce_once() -> None:
     """In a small project: `make reproduce` with small runs in place of the paper's."""
     reproduce.setting = lambda *_: place_of(Path.cwd())
     reproduce.train_all = lambda place, scheduler: [small_run(place, seed=seed) for seed in range(2)]
-    ex.train = functools.partial(train, checkpoint_seconds=0)
+    runs.train = functools.partial(train, checkpoint_seconds=0)
     reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS, scheduler=None))
 
 
