@@ -40,7 +40,6 @@ from scipy.io import savemat
 from torch import nn
 
 from dmvae_lib import DMVAE, DMVAEError, Modality, files, report, reproduce, runs
-from dmvae_lib import experiments as ex
 from dmvae_lib.data import PairedData, digits, features, flowers
 from dmvae_lib.profiles import get_profile
 from dmvae_lib.training import Schedule, train
