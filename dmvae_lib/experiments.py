@@ -114,27 +114,17 @@ def load_experiment(source: str | Path, **options: Any) -> MultimodalVAE:
 def _build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
     weights = dict(zip(NAMES, experiment.weights or profile.weights))
     private, shared, width = dict(zip(NAMES, experiment.private_dims)), experiment.shared_dim, profile.width
-    hidden, mmvae = round(256 * width), experiment.model == "MMVAE"
+    mmvae = experiment.model == "MMVAE"
+    hidden = round((400 if mmvae else 256) * width)
+    mnist_encoder = networks.mnist_encoder(private["mnist"], shared, hidden)
+    mnist_decoder = networks.mnist_decoder(private["mnist"], shared, hidden)
     if mmvae:
-        hidden = round(400 * width)
-        networks_of = {
-            "mnist": (
-                networks.mnist_encoder(0, shared, hidden),
-                nn.Sequential(networks.mnist_decoder(0, shared, hidden), nn.Sigmoid()),
-            ),
-            "svhn": (networks.mmvae_svhn_encoder(shared, width), networks.mmvae_svhn_decoder(shared, width)),
-        }
+        mnist_decoder = nn.Sequential(mnist_decoder, nn.Sigmoid())
+        svhn = networks.mmvae_svhn_encoder(shared, width), networks.mmvae_svhn_decoder(shared, width)
     else:
-        networks_of = {
-            "mnist": (
-                networks.mnist_encoder(private["mnist"], shared, hidden),
-                networks.mnist_decoder(private["mnist"], shared, hidden),
-            ),
-            "svhn": (
-                networks.svhn_encoder(private["svhn"], shared, width),
-                networks.svhn_decoder(private["svhn"], shared, width),
-            ),
-        }
+        dims = private["svhn"], shared, width
+        svhn = networks.svhn_encoder(*dims), networks.svhn_decoder(*dims)
+    networks_of = {"mnist": (mnist_encoder, mnist_decoder), "svhn": svhn}
     likelihood = laplace(0.75)._replace(unit=True) if mmvae else "bernoulli"
     modalities = {name: Modality(*networks_of[name], private[name], weights[name], likelihood) for name in NAMES}
     match experiment.model:

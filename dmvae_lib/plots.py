@@ -53,7 +53,8 @@ def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure
     for ax, (title, columns) in zip(axes[0], groups.items()):
         for column, dashes in zip(columns, ["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 3))]):
             ax.plot(history.index, history[column], linestyle=dashes, label=column.split("/")[0])
-        ax.set(title=title, xlabel="updates", ylabel="nats per pair")
+        weighted = any(column.endswith("log_likelihood") for column in columns)
+        ax.set(title=title, xlabel="updates", ylabel="nats per pair" + ", times λ" * weighted)
         ax.legend(fontsize="x-small", frameon=False)
     figure.tight_layout()
     return figure
@@ -81,7 +82,7 @@ def embedding(points: Mapping[str, np.ndarray], labels: np.ndarray, title: str =
         ax.text(*centre, str(label), fontsize=13, weight="bold", ha="center", va="center",
                 bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
     handles = [
-        plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n)
+        plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n.upper())
         for n in points
     ]
     ax.legend(handles=handles, loc="best", fontsize="small")
