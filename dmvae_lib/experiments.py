@@ -81,7 +81,40 @@ DIGITS = tuple(
 
 def build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
     """The experiment's model with fresh weights from torch's global generator."""
-    model = _build(experiment, profile)
+    weights = dict(zip(NAMES, experiment.weights or profile.weights))
+    private, shared, width = dict(zip(NAMES, experiment.private_dims)), experiment.shared_dim, profile.width
+    mmvae = experiment.model == "MMVAE"
+    hidden = round((400 if mmvae else 256) * width)
+    mnist_encoder = networks.mnist_encoder(private["mnist"], shared, hidden)
+    mnist_decoder = networks.mnist_decoder(private["mnist"], shared, hidden)
+    if mmvae:
+        mnist_decoder = nn.Sequential(mnist_decoder, nn.Sigmoid())
+        svhn = networks.mmvae_svhn_encoder(shared, width), networks.mmvae_svhn_decoder(shared, width)
+    else:
+        dims = private["svhn"], shared, width
+        svhn = networks.svhn_encoder(*dims), networks.svhn_decoder(*dims)
+    networks_of = {"mnist": (mnist_encoder, mnist_decoder), "svhn": svhn}
+    likelihood = laplace(0.75)._replace(unit=True) if mmvae else "bernoulli"
+    modalities = {name: Modality(*networks_of[name], private[name], weights[name], likelihood) for name in NAMES}
+    match experiment.model:
+        case "DMVAE":
+            model: MultimodalVAE = DMVAE(modalities, shared, experiment.without)
+        case "MVAE":
+            model = MVAE(modalities, shared)
+        case "MMVAE":
+            model = MMVAE(modalities, shared, profile.particles)
+        case "JMVAE" | "TELBO":
+            features = {
+                "mnist": networks.mnist_encoder(0, shared, hidden),
+                "svhn": networks.svhn_encoder(0, shared, width),
+            }
+            joint = networks.JointEncoder(features, 4 * shared, shared, round(512 * width))
+            model = (JMVAE if experiment.model == "JMVAE" else TELBO)(modalities, shared, joint)
+        case _:
+            raise DMVAEError(
+                f"experiment {experiment.name!r}: unknown model {experiment.model!r}; "
+                "expected DMVAE, MVAE, MMVAE, JMVAE or TELBO."
+            )
     model.experiment = recipe(experiment, profile)
     return model
 
@@ -109,42 +142,6 @@ def load_experiment(source: str | Path, **options: Any) -> MultimodalVAE:
     }
     sizes = {key: value for key, value in made.items() if key != "experiment"}
     return load_weights(build(Experiment(**fields), replace(get_profile("quick"), **sizes)), folder)
-
-
-def _build(experiment: Experiment, profile: Profile) -> MultimodalVAE:
-    weights = dict(zip(NAMES, experiment.weights or profile.weights))
-    private, shared, width = dict(zip(NAMES, experiment.private_dims)), experiment.shared_dim, profile.width
-    mmvae = experiment.model == "MMVAE"
-    hidden = round((400 if mmvae else 256) * width)
-    mnist_encoder = networks.mnist_encoder(private["mnist"], shared, hidden)
-    mnist_decoder = networks.mnist_decoder(private["mnist"], shared, hidden)
-    if mmvae:
-        mnist_decoder = nn.Sequential(mnist_decoder, nn.Sigmoid())
-        svhn = networks.mmvae_svhn_encoder(shared, width), networks.mmvae_svhn_decoder(shared, width)
-    else:
-        dims = private["svhn"], shared, width
-        svhn = networks.svhn_encoder(*dims), networks.svhn_decoder(*dims)
-    networks_of = {"mnist": (mnist_encoder, mnist_decoder), "svhn": svhn}
-    likelihood = laplace(0.75)._replace(unit=True) if mmvae else "bernoulli"
-    modalities = {name: Modality(*networks_of[name], private[name], weights[name], likelihood) for name in NAMES}
-    match experiment.model:
-        case "DMVAE":
-            return DMVAE(modalities, shared, experiment.without)
-        case "MVAE":
-            return MVAE(modalities, shared)
-        case "MMVAE":
-            return MMVAE(modalities, shared, profile.particles)
-        case "JMVAE" | "TELBO":
-            features = {
-                "mnist": networks.mnist_encoder(0, shared, hidden),
-                "svhn": networks.svhn_encoder(0, shared, width),
-            }
-            joint = networks.JointEncoder(features, 4 * shared, shared, round(512 * width))
-            return (JMVAE if experiment.model == "JMVAE" else TELBO)(modalities, shared, joint)
-    raise DMVAEError(
-        f"experiment {experiment.name!r}: unknown model {experiment.model!r}; "
-        "expected DMVAE, MVAE, MMVAE, JMVAE or TELBO."
-    )
 
 
 def schedule(experiment: Experiment, profile: Profile) -> Schedule:
