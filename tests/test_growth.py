@@ -10,7 +10,7 @@ from dmvae_lib.profiles import get_profile
 
 @pytest.fixture(scope="module")
 def measured():
-    axes = {"pairs": (growth.ITEMS, 50 * growth.ITEMS), "batch size": (10, 100)}
+    axes = {"pairs": (growth.ITEMS, 50 * growth.ITEMS), "batch size": (10,)}  # the pairs in batches of 100
     return growth.measure("smoke", "cpu", axes)
 
 
@@ -18,20 +18,20 @@ def test_memory_follows_the_batch_and_not_the_number_of_pairings(measured):
     peak = measured["peak MB"]
     images = 784 + 3 * 32 * 32  # bytes of a pair, were it stored: 50 pairings would be 1.5 GB
     assert peak["pairs", 50 * growth.ITEMS] - peak["pairs", growth.ITEMS] < 0.05 * 49 * growth.ITEMS * images / 1e6
-    assert peak["batch size", 100] > 1.3 * peak["batch size", 10]
+    assert peak["pairs", growth.ITEMS] > 1.3 * peak["batch size", 10]
 
 
 def test_an_update_of_a_larger_batch_takes_longer(measured):
     times = measured["ms per update"]
-    assert times["batch size", 100] > 2 * times["batch size", 10] > 0
+    assert times["pairs", growth.ITEMS] > 2 * times["batch size", 10] > 0
 
 
 def test_figure_has_a_column_for_every_axis_and_shows_the_table(measured):
     shown = growth.figure(measured)
     assert len(shown.axes) == 4
-    (line,) = [line for line in shown.axes[1].lines if line.get_linestyle() == "-"]
-    assert line.get_ydata().tolist() == measured.loc["batch size", "ms per update"].tolist()
-    assert shown.axes[1].get_xlabel() == "batch size"
+    (line,) = [line for line in shown.axes[0].lines if line.get_linestyle() == "-"]
+    assert line.get_ydata().tolist() == measured.loc["pairs", "ms per update"].tolist()
+    assert [ax.get_xlabel() for ax in shown.axes[:2]] == ["pairs", "batch size"]
 
 
 @pytest.mark.parametrize("against", growth.AXES)
@@ -45,9 +45,10 @@ def test_every_axis_sets_its_own_size(against, one_thread):
     assert loss.isfinite()
 
 
-def test_a_point_that_fails_is_named(capfd):
-    with pytest.raises(DMVAEError, match="growth: batch size = 0 failed"):
-        growth.measure("smoke", "cpu", {"batch size": (0,)})
+def test_a_point_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(growth.sys, "executable", "false")
+    with pytest.raises(DMVAEError, match="growth: batch size = 10 failed"):
+        growth.measure("smoke", "cpu", {"batch size": (10,)})
 
 
 def test_work_of_modalities_is_that_of_eq_3():
