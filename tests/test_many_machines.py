@@ -101,9 +101,7 @@ def test_a_killed_workers_item_is_trained_on_elsewhere_with_the_same_results(wor
 
     ((note, pid),) = killed
     first, second, end = note.read_text().splitlines()
-    assert (
-        first == f"{pid} begins" and second.endswith("begins") and second != first
-    )  # another process went on with it,
+    assert first == f"{pid} begins" and second.endswith("begins") and second != first  # another process began
     assert end.startswith(second.split()[0])
     assert 0 < int(end.split()[-1]) < place.profile.steps  # from the checkpoint
     assert str(os.getpid()) not in {path.read_text().split()[0] for path in place.runs.glob("*.note")}
