@@ -61,7 +61,7 @@ pre, .table, math[display=block] { overflow: auto hidden; max-width: 100% } math
 pre { padding: .6rem .8rem; font-size: .82em; line-height: 1.45; background: #f5f6f8; border-radius: 4px }
 .output pre { background: none; border-left: 3px solid #ccd5de; border-radius: 0 }
 code { font-size: .88em; background: #f5f6f8 } pre code { font-size: 1em }
-table { border-collapse: collapse; font-size: .85em } th, td { padding: .25em .7em; text-align: left; vertical-align: top }
+.table { margin-block: 1em } table { border-collapse: collapse; font-size: .85em } th, td { padding: .25em .7em; text-align: left; vertical-align: top }
 tr { border-bottom: 1px solid #dde3e9 } .dataframe td, .dataframe th { white-space: nowrap }
 .links { font-size: .9em }
 """
