@@ -335,7 +335,8 @@ def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tup
                 # A scheduler signals all of a job's processes, a kernel short of memory one of them.
                 (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, number)
                 process.communicate()
-                tried, in_this = tried + 1, in_this + 1
+                killed = process.returncode != 0
+                tried, in_this = tried + killed, in_this + killed
         lost += in_this if process.returncode or results(place) != expected else 0
     return tried, lost
 
@@ -723,6 +724,7 @@ def main() -> None:
     parser.add_argument("--reproduce-once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background processes ignore it
     if options.reproduce_once:
         return reproduce_once()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
