@@ -263,7 +263,7 @@ def main() -> None:
     caption = f"Training DMVAE on {where} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of {STEPS} updates). {limits}."
     results = Results(place, "dmvae_lib/benchmark.py")
     results.frame("benchmark", table.round(3), caption)
-    results.figure("benchmark", benchmark_bars(table), caption)
+    results.figure("benchmark_bars", benchmark_bars(table), caption)
     print(f"{caption}\n{table.round(2).to_string()}")
 
 

@@ -162,7 +162,7 @@ def main() -> None:
     )
     results = Results(place, "dmvae_lib/growth.py")
     results.frame("growth", table.round(2), caption)
-    results.figure("growth", figure(table), caption)
+    results.figure("growth_curves", figure(table), caption)
     print(f"{caption}\n{table.round(1).to_string()}")
 
 
