@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test check bench growth stress lab site lock clean
+.PHONY: help setup reproduce notebooks test check bench growth stress rehearsal lab site lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=tcp://host:8786]"
@@ -46,6 +46,9 @@ growth: $(READY)  ## time and memory of an update against pairs, batch size, par
 
 stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --write docs/trust.md
+
+rehearsal: $(READY)  ## all of PROFILE=paper, a few updates of each run, on stand-ins of its downloads' full sizes
+	$(BIN)/python tests/rehearsal.py
 
 check: $(READY)  ## ruff on code and notebooks, mypy on the library's types: seconds
 	$(BIN)/ruff check .

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
 from dmvae_lib.errors import DMVAEError
@@ -77,7 +77,7 @@ def _now(name: str) -> str:
     module, _, function = name.partition(":")
     if not function:
         return _module(module)
-    found = getattr(sys.modules.get(module), function, None)
+    found = getattr(import_module(module), function, None) if module in PATHS else None
     return "" if found is None else _function(found)
 
 

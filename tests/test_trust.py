@@ -221,6 +221,17 @@ def test_a_change_of_the_mathematics_trains_anew_and_a_comment_does_not(tmp_path
     assert source.changed(first.info["config"]["code"]) == ["dmvae_lib.models.dmvae"]
 
 
+def test_what_this_process_has_not_imported_has_not_changed():
+    code = (
+        "import sys, dmvae_lib.source as source\n"
+        "name = 'dmvae_lib.flower_experiments:run_flower'\n"
+        "assert 'dmvae_lib.flower_experiments' not in sys.modules\n"
+        "print(source.changed({name: source._now(name), 'dmvae_lib.gone:build': '0', 'dmvae_lib.runs:gone': '0'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.split() == ["['dmvae_lib.gone:build',", "'dmvae_lib.runs:gone']"], found.stderr
+
+
 def test_a_run_names_what_it_trains_with_and_not_what_reports(tmp_path):
     code = stress.small_run(stress.place_of(tmp_path)).info["config"]["code"]
     for name in ("distributions", "networks", "training", "models.dmvae", "models.base", "data.pairing"):
