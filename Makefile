@@ -12,7 +12,7 @@ BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test check bench growth stress rehearsal lab site lock clean
+.PHONY: help setup reproduce notebooks test check bench independent growth stress rehearsal lab site lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=tcp://host:8786]"
@@ -40,6 +40,9 @@ test: check  ## ruff, mypy and unit tests, then every notebook re-run in profile
 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
 	$(BIN)/python -m dmvae_lib.benchmark --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
+
+independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
+	$(BIN)/python -m dmvae_lib.independent --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
 
 growth: $(READY)  ## time and memory of an update against pairs, batch size, particles and modalities
 	$(BIN)/python -m dmvae_lib.growth --profile $(PROFILE) --device $(DEVICE)

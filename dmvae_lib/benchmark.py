@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -27,10 +25,11 @@ from tqdm.auto import tqdm
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.experiments import DMVAE_DIGITS, build
+from dmvae_lib.independent import multivae_trainer
 from dmvae_lib.models import DMVAE
 from dmvae_lib.plots import benchmark_bars
 from dmvae_lib.report import Results
-from dmvae_lib.runs import Setting, setting
+from dmvae_lib.runs import Setting, command_line, setting
 from dmvae_lib.training import Schedule, resolve_device, train
 
 STEPS, ROUNDS = 20, 5  # updates timed at a stretch; every contestant gets its stretch in each round
@@ -113,60 +112,12 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
 
 
 def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], object]:
-    """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks."""
-    trainer = multivae_trainer(model, data.batch(torch.arange(STEPS * batch_size) % len(data)), batch_size, device)
-    return lambda: trainer.train_step(1)
-
-
-def multivae_trainer(model: DMVAE, batch: dict[str, Tensor], batch_size: int, device: torch.device, **training: object):
-    """MultiVae's trainer for its own DMVAE around the model's encoders and decoders, on all pairs of `batch`.
-
-    training: further settings of its `BaseTrainerConfig`.
-    """
+    """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks, all pairs in memory."""
     from multivae.data.datasets.base import MultimodalBaseDataset
-    from multivae.models import DMVAE as TheirDMVAE
-    from multivae.models import DMVAEConfig
-    from multivae.models.base import BaseDecoder, ModelOutput
-    from multivae.models.nn.base_architectures import BaseMultilatentEncoder
-    from multivae.trainers import BaseTrainer, BaseTrainerConfig
 
-    class Encoder(BaseMultilatentEncoder):
-        def __init__(self, name: str):
-            super().__init__()
-            self.network = model.encoders[name]
-            self.style_dim, self.latent_dim = model.private_dims[name], model.shared_dim
-
-        def forward(self, x: Tensor):
-            sizes = [self.style_dim, self.style_dim, self.latent_dim, self.latent_dim]
-            names = ("style_embedding", "style_log_covariance", "embedding", "log_covariance")
-            return ModelOutput(**dict(zip(names, self.network(x).split(sizes, -1))))
-
-    class Decoder(BaseDecoder):  # its code is [shared, private], ours [private, shared]
-        def __init__(self, name: str):
-            super().__init__()
-            self.network, self.latent_dim = model.decoders[name], model.private_dims[name] + model.shared_dim
-
-        def forward(self, z: Tensor):
-            return ModelOutput(reconstruction=self.network(z.roll(-model.shared_dim, -1)))
-
-    def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-
-    config = DMVAEConfig(
-        n_modalities=len(model.names),
-        latent_dim=model.shared_dim,
-        input_dims={name: tuple(batch[name].shape[1:]) for name in model.names},
-        modalities_specific_dim=model.private_dims,
-        decoders_dist=dict.fromkeys(model.names, "bernoulli"),
-        uses_likelihood_rescaling=True,
-        rescale_factors=model.weights,
-        beta=len(model.names),  # it counts KL(q(z_s | source) || p) once per source, Eq. 3 once per source and target
-    )
-    theirs = TheirDMVAE(config, {n: Encoder(n) for n in model.names}, {n: Decoder(n) for n in model.names})
-    theirs.recon_log_probs = dict.fromkeys(model.names, log_likelihood)  # its own "bernoulli" refuses grey levels
-    settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
-    plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)
-    return BaseTrainer(theirs, MultimodalBaseDataset({name: batch[name].cpu() for name in model.names}), None, plan)
+    pairs = data.batch(torch.arange(STEPS * batch_size) % len(data))
+    trainer = multivae_trainer(model, MultimodalBaseDataset(pairs), batch_size, device)
+    return lambda: trainer.train_step(1)
 
 
 CONTESTANTS = {"dmvae_lib": ours, "plain data-loader loop": plain_loop, "MultiVae's trainer": multivae}
@@ -241,15 +192,9 @@ def _silence():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--profile", default="quick", help="whose digits, widths and batch size; quick, subset or paper"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--data", default="data", help="folder of the data files")
-    options = parser.parse_args()
+    options = command_line(__doc__, "profile", "device", "data").parse_args()
     try:
-        place = setting(options.profile, 1, options.device, options.data)
+        place = setting(**vars(options))
         steps_of = dict(CONTESTANTS)
         if find_spec("multivae") is None:
             print("MultiVae is not installed and left out; `pip install multivae` brings it.", file=sys.stderr)

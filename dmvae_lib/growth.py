@@ -28,7 +28,7 @@ from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build, schedule
 from dmvae_lib.models import DMVAE, Modality, MultimodalVAE
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.report import Results
-from dmvae_lib.runs import setting
+from dmvae_lib.runs import command_line, setting
 from dmvae_lib.training import Schedule, resolve_device, train
 
 ITEMS = 8_000  # per modality; random pixels, since what they show does not matter here
@@ -144,9 +144,7 @@ def figure(table: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="quick", help="whose widths and other sizes; quick, subset or paper")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser = command_line(__doc__, "profile", "device")
     parser.add_argument("--point", nargs=2, metavar=("AGAINST", "VALUE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:

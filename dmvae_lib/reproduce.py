@@ -20,10 +20,10 @@ from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier_items, grid
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower
 from dmvae_lib.report import index, readme_tables
-from dmvae_lib.runs import Setting, project_folder, run_items, setting
+from dmvae_lib.runs import OPTIONS, Setting, command_line, project_folder, run_items, setting
 
 KERNEL = "python3"
-DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell
+DEFAULTS = {name: option["default"] for name, option in OPTIONS.items()}  # of every notebook's parameters cell
 
 
 def notebooks() -> list[Path]:
@@ -126,11 +126,7 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="quick", help="smoke, quick, subset or paper; subset@0.05: a share of it")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds: 0, 1, …")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--data", default="data", help="folder of the data files")
+    parser = command_line(__doc__, *OPTIONS)
     parser.add_argument(
         "--scheduler", help="train on Dask's workers: tcp://host:8786, or local:4 for four processes here"
     )

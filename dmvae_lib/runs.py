@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import platform
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -39,6 +40,12 @@ from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.source import source_digests
 from dmvae_lib.training import Schedule, model_objective, resolve_device, train
 
+OPTIONS: dict[str, dict[str, Any]] = {  # of the commands, by the names of `setting`'s parameters
+    "profile": {"default": "quick", "help": "smoke, quick, subset or paper; subset@0.05: a share of it"},
+    "seeds": {"default": 1, "type": int, "help": "how many seeds: 0, 1, …"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, …"},
+    "data": {"default": "data", "help": "folder of the data files"},
+}
 PACKAGES = ("dmvae_lib", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pandas", "matplotlib")
 
 
@@ -79,6 +86,14 @@ def setting(
     root = project_folder()
     places = {"runs": root / "runs", "results": root / "results" / chosen.name}
     return Setting(chosen, seeds, device, root / data, evaluation=evaluation, **places)
+
+
+def command_line(description: str | None, *options: str) -> argparse.ArgumentParser:
+    """A command's parser, with these of OPTIONS."""
+    parser = argparse.ArgumentParser(description=description)
+    for name in options:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+    return parser
 
 
 def project_folder() -> Path:

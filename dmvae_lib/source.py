@@ -22,7 +22,18 @@ IMPORTED = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items
 # Followed into by no import: what makes no number, and what is in the configuration (budgets, the tables' rows).
 ASIDE = {
     f"dmvae_lib.{name}"
-    for name in ("errors", "files", "source", "models.saving", "profiles", "runs", "experiments", "flower_experiments")
+    for name in (
+        "errors",
+        "files",
+        "source",
+        "models.saving",
+        "paper",
+        "profiles",
+        "report",
+        "runs",
+        "experiments",
+        "flower_experiments",
+    )  # fmt: skip
 }
 
 

@@ -18,22 +18,6 @@ def tiny() -> tuple:
     return model, PairedData.pair(items, dict.fromkeys(items, torch.arange(30) % 10), permutations=1)
 
 
-def test_multivaes_loss_is_ours_on_the_same_networks_when_nothing_is_drawn():
-    pytest.importorskip("multivae")
-    model, data = tiny()
-    model.eval()
-    with torch.no_grad():
-        for name, dim in model.private_dims.items():  # posteriors of (almost) no variance: every draw is the mean
-            last = model.encoders[name][-1]
-            for start, size in ((dim, dim), (2 * dim + model.shared_dim, model.shared_dim)):
-                last.weight[start : start + size] = 0
-                last.bias[start : start + size] = -30.0
-        batch = data.batch(torch.arange(10))
-        trainer = benchmark.multivae_trainer(model, batch, 10, torch.device("cpu"))
-        theirs = trainer.model.eval()(next(iter(trainer.train_loader))).loss  # the one batch, in another order
-        assert model.loss(batch).total.item() == pytest.approx(theirs.item(), rel=1e-4)
-
-
 def test_operations_are_those_counted_by_hand():
     """A full-size update of 100 pairs: forward passes of encoders (100) and decoders (300), backward twice that."""
     model = build(DMVAE_DIGITS, get_profile("paper"))
