@@ -154,12 +154,26 @@ def schedule(experiment: Experiment, profile: Profile) -> Schedule:
     return Schedule(profile.steps, profile.batch_size, profile.learning_rate, anneal)
 
 
-def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
-    """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on."""
-    data, plan = setting.digits.train, schedule(experiment, setting.profile)
-    profile = setting.profile
-    config = recipe(experiment, profile)
-    return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, experiment.name, config)
+def run(experiment: Experiment, seed: int, setting: Setting, first: int | None = None) -> Run:
+    """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on.
+
+    first: take only so many of SVHN's training images, in their order, for the pairs.
+    """
+    data, profile, name = setting.digits.train, setting.profile, experiment.name
+    if first is not None:
+        name = f"{name}-first-{first}"
+        items, labels = (dict(of) | {"svhn": of["svhn"][:first]} for of in (data.items, data.item_labels))
+        data = PairedData.pair(items, labels, profile.permutations)
+    plan, config = schedule(experiment, profile), recipe(experiment, profile)
+    return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, name, config)
+
+
+def learning_curve(setting: Setting) -> list[Item]:
+    """The work items of DMVAE, seed 0, on the pairs of fewer SVHN images: of so many as the profile says."""
+    return [
+        Item(f"{DMVAE_DIGITS.name} on {first} SVHN images", 0, partial(run, DMVAE_DIGITS, 0, setting, first))
+        for first in setting.profile.learning_curve
+    ]
 
 
 def grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> list[Item]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dmvae_lib import cluster
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier_items, grid
+from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier_items, grid, learning_curve
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower
 from dmvae_lib.report import index, readme_tables
@@ -98,6 +98,7 @@ def train_all(place: Setting, scheduler: str | None) -> None:
         *classifier_items(place),
         *grid(DIGITS, place),
         *grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3))),  # notebook 09 shows the spread
+        *learning_curve(place),
         *grid(FLOWERS, place, run_flower),
     ]
     run_items(list({str(item): item for item in items}.values()), scheduler)
