@@ -168,12 +168,12 @@ def run(experiment: Experiment, seed: int, setting: Setting, first: int | None =
     return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, name, config)
 
 
-def learning_curve(setting: Setting) -> list[Item]:
-    """The work items of DMVAE, seed 0, on the pairs of fewer SVHN images: of so many as the profile says."""
-    return [
-        Item(f"{DMVAE_DIGITS.name} on {first} SVHN images", 0, partial(run, DMVAE_DIGITS, 0, setting, first))
+def learning_curve(setting: Setting) -> dict[int, Item]:
+    """The work items of DMVAE, seed 0, on the first SVHN images alone: {so many: item}, as the profile says."""
+    return {
+        first: Item(f"{DMVAE_DIGITS.name} on {first} SVHN images", 0, partial(run, DMVAE_DIGITS, 0, setting, first))
         for first in setting.profile.learning_curve
-    ]
+    }
 
 
 def grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> list[Item]:

@@ -98,7 +98,7 @@ def train_all(place: Setting, scheduler: str | None) -> None:
         *classifier_items(place),
         *grid(DIGITS, place),
         *grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3))),  # notebook 09 shows the spread
-        *learning_curve(place),
+        *learning_curve(place).values(),
         *grid(FLOWERS, place, run_flower),
     ]
     run_items(list({str(item): item for item in items}.values()), scheduler)

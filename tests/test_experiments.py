@@ -40,6 +40,19 @@ def test_another_seed_switch_or_schedule_is_another_run(place):
     assert len({base, *others}) == 4
 
 
+def test_a_learning_curve_trains_on_the_first_images_alone(place, monkeypatch):
+    seen = []
+    usual = runs.train
+    monkeypatch.setattr(runs, "train", lambda model, data, *rest, **options: seen.append(data) or usual(model, data, *rest, **options))  # fmt: skip
+    ((first, item),) = ex.learning_curve(place).items()
+    made = item.run()
+    assert first == 500 and made.info["config"]["name"] == "dmvae-first-500"
+    (data,), whole = seen, place.digits.train
+    assert torch.equal(data.items["svhn"], whole.items["svhn"][:500]) and data.index["svhn"].max() < 500
+    assert torch.equal(data.items["mnist"], whole.items["mnist"])
+    assert made.info["hash"] != ex.run(ex.DMVAE_DIGITS, 0, place).info["hash"]
+
+
 def test_a_damaged_run_is_named(place):
     made = ex.run(ex.DMVAE_DIGITS, 5, place)
     weights = made.folder / "model.safetensors"
