@@ -342,19 +342,38 @@ def swhid(path: Path) -> str:
 
 
 def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1", "table2", "table3")) -> None:
-    """Puts the tables of every profile between the README's result marks, so that they cannot drift from results/."""
+    """Puts each table, every profile's numbers beside the published ones, between the README's result marks.
+
+    So they cannot drift from results/. Numbers that are not in the manifest, or are stale, are not shown without saying so.
+    """
     text = readme.read_text()
     start, end = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
     if start not in text or end not in text:
         raise DMVAEError(f"{readme} lacks the marks {start!r} and {end!r}; put them back where the tables belong.")
+    folders = [manifest.parent for manifest in sorted(results.glob("*/manifest.json"), reverse=True)]
+    manifests, outdated = {f: read_manifest(f) for f in folders}, {f: stale(f) for f in folders}
     found = []
-    for manifest in sorted(results.glob("*/manifest.json")):
-        outdated = stale(manifest.parent)
-        for name in tables:
-            path = manifest.with_name(f"{name}.md")
-            if path.exists():
-                mark = f"\n{_mark(outdated[name])}\n" if outdated.get(name, ["no entry in manifest.json"]) else ""
-                found.append(path.read_text() + mark)
+    for name in tables:
+        title, notes, shown = "", [], {}
+        for folder in [folder for folder in folders if name in manifests[folder]]:
+            title, _, note = manifests[folder][name]["caption"].partition(". ")
+            if whys := outdated[folder][name]:
+                note += f" {_mark(whys)}"
+            notes.append(f"- `{folder.name}`: {note}")
+            path = folder / f"{name}.csv"
+            if _is(path, manifests[folder][name]["files"][path.name]):
+                shown[folder.name] = readable(pd.read_csv(path, index_col=["row", "measure"]))
+        if shown:
+            published = {}
+            for profile, table in shown.items():
+                for measure in table.columns.unique(0):
+                    published.setdefault(measure, {})["published"] = table[measure, "paper"]
+                    published[measure][f"`{profile}`"] = table[measure, "ours"]
+            columns = {(measure, name): values for measure, of in published.items() for name, values in of.items()}
+            flat = pd.DataFrame(columns).reindex(next(iter(shown.values())).index)
+            flat.columns = [name if name != "published" else f"{measure}: {name}" for measure, name in flat.columns]
+            notes = [*notes, "", flat.fillna("–").to_markdown(disable_numparse=True)]
+        found += [f"**{title}.**" if title else "", "", *notes, ""]
     body = "\n".join(found)
     with atomic_write(readme) as temporary:
         temporary.write_text(f"{text[: text.index(start)]}{start}\n\n{body}\n{text[text.index(end) :]}")
