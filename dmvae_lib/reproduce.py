@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dmvae_lib.report import index, readme_tables
 from dmvae_lib.runs import OPTIONS, Setting, command_line, project_folder, run_items, setting
 
 KERNEL = "python3"
+AT_ONCE = 2  # notebooks: while one draws or waits for a run's lock, another computes
 DEFAULTS = {name: option["default"] for name, option in OPTIONS.items()}  # of every notebook's parameters cell
 
 
@@ -109,13 +111,19 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
     # A notebook's own defaults need no parameters cell from outside: so run, it is the notebook as it is committed.
     chosen = {name: getattr(options, name) for name in DEFAULTS}
     parameters = {name: value for name, value in chosen.items() if value != DEFAULTS[name]}
-    bar = tqdm(notebooks(), desc="notebooks", unit="notebook")
     keeps = place.profile.writes_results
     executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
     remove_leftovers(executed)
-    for source in bar:
-        bar.set_postfix_str(source.stem)
-        execute(source, executed / source.name, parameters)
+    with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
+        waiting = {pool.submit(execute, path, executed / path.name, parameters): path.stem for path in notebooks()}
+        try:
+            for done in as_completed(waiting):
+                bar.set_postfix_str(waiting[done])
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if keeps:
         index(place.results.parent)
         readme_tables(project_folder() / "README.md", place.results.parent)

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -18,11 +19,14 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def locked() -> dict[str, list[str]]:
-    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.lock").read_text(), re.M)
+def locked(python: str | None = None) -> dict[str, list[str]]:
+    """The versions of each locked package: all, or those for Linux with this Python."""
     versions: dict[str, list[str]] = {}
-    for name, version in pins:
-        versions.setdefault(normal(name), []).append(version)
+    for line in re.findall(r"^[\w.-]+==.+", (ROOT / "requirements.lock").read_text(), re.M):
+        pin = Requirement(line)
+        place = {"python_full_version": f"{python}.0", "sys_platform": "linux", "platform_machine": "x86_64"}
+        if python is None or pin.marker is None or pin.marker.evaluate(place):
+            versions.setdefault(normal(pin.name), []).append(str(pin.specifier).removeprefix("=="))
     return versions
 
 
@@ -46,8 +50,9 @@ def test_the_lock_satisfies_the_declared_ranges():
 def test_environment_yml_gives_the_locks_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = dict(line.split("=") for line in environment["dependencies"] if isinstance(line, str) and "=" in line)
+    pins = locked(conda["python"])
     for name in declared():
-        assert conda[CONDA_NAMES.get(name, name)] in locked()[name], name
+        assert [conda[CONDA_NAMES.get(name, name)]] == pins[name], name
     unknown = set(conda) - {CONDA_NAMES.get(name, name) for name in declared()} - {"python", "pip"}
     assert not unknown, f"in environment.yml, not in pyproject.toml: {unknown}"
 

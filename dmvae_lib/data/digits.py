@@ -245,8 +245,8 @@ def _fetch(what: str, root: Path, names: list[Path], download: Callable[[str], o
 def _missing(what: str, path: Path, detail: str = "") -> DMVAEError:
     return DMVAEError(
         f"{what} is missing: there is no {path.absolute()}{detail}. On a machine with network access "
-        "`make reproduce PROFILE=paper` downloads MNIST and SVHN into data/; if the files are elsewhere, give that "
-        "folder as the data folder. Profile quick needs no download."
+        "`make reproduce PROFILE=paper` downloads MNIST and SVHN into data/; if the files are elsewhere, name their "
+        "folder, `make reproduce DATA=folder` or the notebook's `data`. Profile quick needs no download."
     )
 
 

@@ -375,6 +375,6 @@ def _missing(what: str, path: Path, detail: str = "") -> DMVAEError:
         "fetch_captions with a URL and digest that you trust"
     )
     return DMVAEError(
-        f"{what}: there is no {path.absolute()}{detail}. {fetching}. If the files are elsewhere, give that folder as "
-        "the data folder. Profile quick needs no download."
+        f"{what}: there is no {path.absolute()}{detail}. {fetching}. If the files are elsewhere, name their folder, "
+        "`make reproduce DATA=folder` or the notebook's `data`. Profile quick needs no download."
     )
