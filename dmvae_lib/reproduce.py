@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tqdm import tqdm
 
 from dmvae_lib import cluster
@@ -51,7 +52,7 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
-    """Removes what says when and where a notebook ran: timings, paths, progress bars; manifest.json has the facts."""
+    """Removes what says when, where and how fast a notebook ran: timings, paths, progress bars; manifest.json has the facts."""
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -59,6 +60,7 @@ def _tidy(notebook: nbformat.NotebookNode) -> None:
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # where a stream was flushed depends on the clock
 
 
 def _is_progress(output: nbformat.NotebookNode) -> bool:
