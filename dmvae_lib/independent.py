@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -127,7 +128,7 @@ def main() -> None:
         if find_spec("multivae") is None:
             raise DMVAEError("the package multivae is not installed; `pip install multivae` brings it.")
         place = setting(**vars(options))
-        makers = {"dmvae_lib": run, f"MultiVae {version('multivae')}": run_independent}
+        makers: dict[str, Callable[..., Run]] = {"dmvae_lib": run, f"MultiVae {version('multivae')}": run_independent}
         items = {
             (f"{row}, {maker}", seed): Item(f"{row} by {maker}", seed, partial(make, experiment, seed, place))
             for row, experiment in ROWS.items()

@@ -364,7 +364,7 @@ def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1"
             if _is(path, manifests[folder][name]["files"][path.name]):
                 shown[folder.name] = readable(pd.read_csv(path, index_col=["row", "measure"]))
         if shown:
-            published = {}
+            published: dict[str, dict[str, pd.Series]] = {}
             for profile, table in shown.items():
                 for measure in table.columns.unique(0):
                     published.setdefault(measure, {})["published"] = table[measure, "paper"]
