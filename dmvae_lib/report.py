@@ -284,11 +284,10 @@ def index(results: Path) -> str:
         "To cite one of them, open *cite* below it. The link is the file's Software Heritage identifier, which is made of",
         "its content: it stays, wherever this repository moves, and resolves once Software Heritage has archived it.",
     ]
-    for manifest in sorted(results.glob("*/manifest.json")):
-        profile = manifest.parent.name
+    for folder in _folders(results):
+        profile, outdated = folder.name, stale(folder)
         lines += ["", f"## Profile `{profile}`"]
-        outdated = stale(manifest.parent)
-        for name, entry in read_manifest(manifest.parent).items():
+        for name, entry in read_manifest(folder).items():
             files = ", ".join(f"[{file}]({profile}/{file})" for file in entry["files"])
             lines += ["", f"### {name}", "", entry["caption"], ""]
             if outdated[name]:
@@ -296,18 +295,23 @@ def index(results: Path) -> str:
             if f"{name}.png" in entry["files"]:
                 lines += [f"![{name}]({profile}/{name}.png)", ""]
             if f"{name}.md" in entry["files"]:
-                lines += [(manifest.parent / f"{name}.md").read_text().split("\n\n", 1)[1]]
+                lines += [(folder / f"{name}.md").read_text().split("\n\n", 1)[1]]
             runs = ", ".join(f"{run['name']} seed {run['seed']} (`{run['configuration']}`)" for run in entry["runs"])
             lines += [
                 f"Files: {files}. Made by [{Path(entry['notebook']).stem}](../{entry['notebook']})"
                 + (f" from {runs}" if runs else "")
                 + f", commit `{entry['made']['commit']}`, {entry['made']['device']}."
             ]
-            lines += ["", *_citation(name, entry, manifest.parent)]
+            lines += ["", *_citation(name, entry, folder)]
     text = "\n".join(lines) + "\n"
     with atomic_write(results / "README.md") as temporary:
         temporary.write_text(text)
     return text
+
+
+def _folders(results: Path) -> list[Path]:
+    """The profiles' folders; a rehearsal's, `name@share`, is nothing to cite."""
+    return [path.parent for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
 
 
 def _mark(whys: list[str]) -> str:
@@ -350,7 +354,7 @@ def readme_tables(readme: Path, results: Path, tables: Sequence[str] = ("table1"
     start, end = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
     if start not in text or end not in text:
         raise DMVAEError(f"{readme} lacks the marks {start!r} and {end!r}; put them back where the tables belong.")
-    folders = [manifest.parent for manifest in sorted(results.glob("*/manifest.json"), reverse=True)]
+    folders = _folders(results)[::-1]
     manifests, outdated = {f: read_manifest(f) for f in folders}, {f: stale(f) for f in folders}
     found = []
     for name in tables:

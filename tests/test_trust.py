@@ -310,6 +310,13 @@ def test_fresh_results_are_not_marked(results):
     assert "**Stale**" not in report.index(place.results.parent)
 
 
+def test_a_rehearsals_results_are_on_no_page(results):
+    folder = results[0].results
+    assert f"## Profile `{folder.name}`" in report.index(folder.parent)
+    folder.rename(folder.with_name("paper@1e-5"))
+    assert "## Profile" not in report.index(folder.parent)
+
+
 def test_what_has_changed_since_is_named_on_the_page_and_above_the_readmes_table(results, edited, tmp_path):
     place, _, _ = results
     edited("dmvae_lib.models.dmvae", "return ", "return 2 * ")
