@@ -1,13 +1,15 @@
-"""One training loop for every model: seeded, resumable, with its history kept as a table."""
+"""One training loop for every model: seeded, resumable, several side by side, its history kept as a table."""
 
 from __future__ import annotations
 
 import io
+import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from dmvae_lib.files import read_sealed, write_sealed
 from dmvae_lib.models.base import Terms
 
 Objective = Callable[[nn.Module, dict[str, Tensor], Tensor, float], Terms]
+Logged = tuple[tuple[str, ...], Tensor]  # an update's terms: their names, their values (T,)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,20 @@ def batches(data: PairedData, batch_size: int, seed: int, start: int) -> Iterato
         step += 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """A model to train, and what on: `train`'s parameters of the same names."""
+
+    model: nn.Module
+    data: PairedData
+    schedule: Schedule
+    seed: int = 0
+    directory: str | Path | None = None
+    objective: Objective = model_objective
+    description: str = "training"
+    identity: str = ""
+
+
 def train(
     model: nn.Module,
     data: PairedData,
@@ -93,6 +110,7 @@ def train(
     description: str = "training",
     checkpoint_seconds: float = 30.0,
     identity: str = "",
+    capture: bool = True,
 ) -> pd.DataFrame:
     """Trains `model` in place and returns the history: one row per `log_every` updates, each term's mean over them.
 
@@ -101,66 +119,239 @@ def train(
         button) or SIGTERM then waits for the end of the history's row, so that nothing is lost; a second does not.
     objective: (model, batch, labels, beta) -> Terms.
     identity: what else makes this run this one, beside schedule, seed and data; another's checkpoint is refused.
+    capture: on a GPU, make the update one CUDA graph (`_Lane`) where that is possible.
 
     Dropout and latent samples draw from torch's global generators, seeded here and restored to the caller afterwards.
     `history.attrs["seconds"]` is the time all parts of the run took. Raises DMVAEError when a term or a weight is not
     finite, naming step and term, and for a checkpoint that is damaged or another run's; the last good checkpoint stays.
     """
-    device = resolve_device(device)
-    checkpoint = Path(directory) / "checkpoint.pt" if directory is not None else None
-    about = {"schedule": asdict(schedule), "seed": seed, "identity": identity}
-    if checkpoint is not None:
-        about["data"] = data.fingerprint
-    model.to(device).train()
-    data = data.to(device)
-    labels = data.labels
-    optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate, fused=True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        step, before, begun = 0, 0.0, time.monotonic()
-        rows: list[dict[str, float]] = []
-        if checkpoint is not None and checkpoint.exists():
-            step, rows, before = _restore(checkpoint, about, model, optimiser, device)
-        stream = batches(data, schedule.batch_size, seed, step)
-        pending: list[dict[str, Tensor]] = []
-        saved = time.monotonic()
-        bar = tqdm(total=schedule.steps, initial=step, desc=description, unit="step", leave=False)
-        with bar, _interrupts_kept(checkpoint is not None) as interrupts:
-            while step < schedule.steps:
-                rows_of_batch = next(stream)
-                beta = min(1.0, (step + 1) / schedule.anneal_steps) if schedule.anneal_steps else 1.0
-                optimiser.zero_grad(set_to_none=True)
-                logged: dict[str, Tensor] = {}
-                for part in rows_of_batch.chunk(schedule.chunks):
-                    terms, share = (
-                        objective(model, data.batch(part), labels[part], beta),
-                        len(part) / len(rows_of_batch),
-                    )
-                    (share * terms.total).backward()
-                    for name, value in {"total": terms.total, **terms.parts}.items():
-                        logged[name] = logged.get(name, 0.0) + share * value.detach()
-                optimiser.step()
-                step += 1
-                pending.append(logged)
-                if len(pending) == schedule.log_every or step == schedule.steps:
-                    rows.append(_summary(pending, step))
-                    bar.update(len(pending))
-                    rate = bar.format_dict["rate"] or 0.0
-                    bar.set_postfix_str(f"loss {rows[-1]['total']:.1f}, {rate * schedule.batch_size:.0f} pairs/s")
-                    pending = []
-                    if checkpoint is not None and (interrupts or time.monotonic() - saved > checkpoint_seconds):
-                        seconds = before + time.monotonic() - begun
-                        _save(checkpoint, about, step, rows, seconds, model, optimiser, device)
-                        saved = time.monotonic()
-                    if interrupts:
-                        break
-        if step < schedule.steps:
-            raise KeyboardInterrupt(f"stopped after update {step}, which is in {checkpoint}")
-    _check_weights(model, step)
-    model.eval()
-    history = pd.DataFrame(rows).set_index("step")
-    history.attrs["seconds"] = before + time.monotonic() - begun
+    job = Job(model, data, schedule, seed, directory, objective, description, identity)
+    (history,) = train_side_by_side([job], device, checkpoint_seconds, capture)
     return history
+
+
+def train_side_by_side(
+    jobs: Sequence[Job],
+    device: str | torch.device = "auto",
+    checkpoint_seconds: float = 30.0,
+    capture: bool = True,
+) -> list[pd.DataFrame]:
+    """`train` for several jobs at once, an update of each in turn, so that a GPU has always one of them at hand.
+
+    Each has random numbers, a stream and a checkpoint of its own, and becomes what it would alone; `seconds` is its
+    share of the time. Parameters and errors as of `train`.
+    """
+    device = resolve_device(device)
+    placed = {id(job.data): job.data.to(device) for job in jobs}
+    begun = time.monotonic()
+    lanes = [_Lane(job, placed[id(job.data)], device, capture) for job in jobs]
+    running = [lane for lane in lanes if not lane.finished]
+    names = " and ".join(dict.fromkeys(job.description for job in jobs))
+    total, initial = sum(job.schedule.steps for job in jobs), sum(lane.step for lane in lanes)
+    bar = tqdm(total=total, initial=initial, desc=names, unit="step", leave=False)
+    with bar, _interrupts_kept(any(lane.checkpoint for lane in lanes)) as interrupts:
+        while running:
+            for lane in running:
+                lane.update()
+            ended = [lane for lane in running if lane.row_is_full()]
+            for lane in ended:
+                bar.update(len(lane.pending))
+                lane.end_row()
+                rate = (bar.format_dict["rate"] or 0.0) * lane.job.schedule.batch_size
+                bar.set_postfix_str(f"loss {lane.rows[-1]['total']:.1f}, {rate:.0f} pairs/s")
+                if lane.checkpoint and (interrupts or time.monotonic() - lane.saved > checkpoint_seconds):
+                    lane.save((time.monotonic() - begun) / len(jobs))
+            running = [lane for lane in running if not (lane.finished or (interrupts and lane in ended))]
+    for lane in lanes:
+        if not lane.finished:
+            raise KeyboardInterrupt(f"stopped after update {lane.step}, which is in {lane.checkpoint}")
+    return [lane.history((time.monotonic() - begun) / len(jobs)) for lane in lanes]
+
+
+class _Randomness:
+    """torch's global generators in a state of their own inside a `with` block, and in the caller's after it."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.cuda = None
+        if device.type == "cuda":
+            self.default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]  # fmt: skip
+            self.cuda = self.default.clone_state()
+            self.cuda.manual_seed(seed)
+        self.cpu = torch.Generator().manual_seed(seed).get_state()
+
+    def __enter__(self) -> None:
+        self.outside = torch.get_rng_state()
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            self.outside_cuda = self.default.graphsafe_get_state()
+            self.default.graphsafe_set_state(self.cuda)
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu = torch.get_rng_state()
+        torch.set_rng_state(self.outside)
+        if self.cuda is not None:
+            self.default.graphsafe_set_state(self.outside_cuda)
+
+    def state(self) -> dict[str, Tensor | None]:
+        return {"cpu_generator": self.cpu, "cuda_generator": None if self.cuda is None else self.cuda.get_state()}
+
+    def restore(self, state: dict[str, Tensor | None]) -> None:
+        """Raises RuntimeError for what is no generator's state."""
+        if (cpu := state["cpu_generator"]) is not None:
+            self.cpu = torch.Generator().set_state(cpu.cpu()).get_state()
+        if self.cuda is not None and (cuda := state["cuda_generator"]) is not None:
+            self.cuda.set_state(cuda.cpu())
+
+
+class _Lane:
+    """A job under way: model, optimiser, random numbers, history.
+
+    On a GPU, updates after the first few are replays of one CUDA graph: gathering the batch, forward and backward pass
+    and the optimiser's step, launched as a whole. It is used if an update neither waits for the device nor draws from
+    the CPU's generator, and if a replay does what the plain update does from the same state. Only the first update
+    then looks at the values of its batch.
+    """
+
+    def __init__(self, job: Job, data: PairedData, device: torch.device, capture: bool):
+        self.job, self.data, self.labels, self.device = job, data, data.labels, device
+        self.capture = capture and device.type == "cuda"
+        self.model = job.model.to(device).train()
+        on_gpu = {"capturable": True} if device.type == "cuda" else {}
+        self.optimiser = torch.optim.Adam(self.model.parameters(), job.schedule.learning_rate, fused=True, **on_gpu)
+        self.random = _Randomness(job.seed, device)
+        self.checkpoint = Path(job.directory) / "checkpoint.pt" if job.directory is not None else None
+        self.about = {"schedule": asdict(job.schedule), "seed": job.seed, "identity": job.identity}
+        self.step, self.rows, self.before = 0, [], 0.0
+        if self.checkpoint is not None:
+            self.about["data"] = job.data.fingerprint
+            if self.checkpoint.exists():
+                _restore(self.checkpoint, self)
+        self.batches = batches(data, job.schedule.batch_size, job.seed, self.step)
+        self.pending: list[Logged] = []
+        self.saved = time.monotonic()
+        self.updates, self.ready, self.graph = 0, False, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.job.schedule.steps
+
+    def row_is_full(self) -> bool:
+        return len(self.pending) == self.job.schedule.log_every or self.finished
+
+    def update(self) -> None:
+        """The next update; on a GPU it is only enqueued."""
+        anneal = self.job.schedule.anneal_steps
+        beta = min(1.0, (self.step + 1) / anneal) if anneal else 1.0
+        with torch.cuda.stream(self.stream):
+            rows = next(self.batches)
+            if self.graph is not None:
+                logged = self._replay(rows, beta)
+            else:
+                with self.random:
+                    logged = (self._captured if self.ready else self._watched)(rows, beta)
+        self.pending.append(logged)
+        self.step += 1
+
+    def _plain(self, rows: Tensor, beta: float | Tensor) -> Logged:
+        self.optimiser.zero_grad(set_to_none=True)
+        logged: dict[str, Tensor] = {}
+        for part in rows.chunk(self.job.schedule.chunks):
+            terms = self.job.objective(self.model, self.data.batch(part), self.labels[part], beta)
+            share = len(part) / len(rows)
+            (share * terms.total).backward()
+            for name, value in {"total": terms.total, **terms.parts}.items():
+                logged[name] = logged.get(name, 0.0) + share * value.detach()
+        self.optimiser.step()
+        return tuple(logged), torch.stack(list(logged.values()))
+
+    def _watched(self, rows: Tensor, beta: float) -> Logged:
+        """A plain update; on a GPU the second one finds out whether a graph could do it."""
+        self.updates += 1
+        if not (self.capture and self.updates == 2):
+            return self._plain(rows, beta)
+        drawn = torch.get_rng_state()
+        with warnings.catch_warnings(record=True) as seen, _no_waiting("warn"):
+            warnings.simplefilter("always")
+            logged = self._plain(rows, beta)
+        waits = any("called a synchronizing" in str(warning.message) for warning in seen)
+        self.ready = not waits and torch.equal(torch.get_rng_state(), drawn)
+        return logged
+
+    def _captured(self, rows: Tensor, beta: float) -> Logged:
+        """This update as the first replay of a graph, or, where that differs from the plain one, as the plain one."""
+        weights = [*self.model.parameters()]
+        changed = [*weights, *self.model.buffers()]
+        changed += [value for state in self.optimiser.state.values() for value in state.values()]
+        start, drawn = [value.detach().clone() for value in changed], self.random.cuda.get_state()
+        expected = self._plain(rows, beta)
+        plain = [value.detach().clone() for value in changed]
+        _copy(start, changed)
+        self.random.cuda.set_state(drawn)
+        self.static_rows, self.static_beta = rows.clone(), torch.tensor(beta, device=self.device)
+        self.graph = torch.cuda.CUDAGraph()
+        with _no_waiting("error"), torch.cuda.graph(self.graph, stream=self.stream):
+            self.logged = self._plain(self.static_rows, self.static_beta)
+        logged = self._replay(rows, beta)
+        if torch.allclose(logged[1], expected[1], 1e-2, 1e-2) and same_update(weights, start, plain):
+            return logged
+        tqdm.write(f"{self.job.description}: updates stay plain; a captured one did something else.", file=sys.stderr)
+        self.graph, self.ready = None, False
+        _copy(plain, changed)
+        return expected
+
+    def _replay(self, rows: Tensor, beta: float) -> Logged:
+        self.static_rows.copy_(rows)
+        self.static_beta.fill_(beta)
+        self.graph.replay()
+        names, values = self.logged
+        return names, values.clone()
+
+    def end_row(self) -> None:
+        """Turns the pending updates' terms into a row of the history, which waits for the device."""
+        with torch.cuda.stream(self.stream):
+            self.rows.append(_summary(self.pending, self.step))
+        self.pending = []
+
+    def save(self, seconds: float) -> None:
+        with torch.cuda.stream(self.stream):
+            _save(self.checkpoint, self, self.before + seconds)
+        self.saved = time.monotonic()
+
+    def history(self, seconds: float) -> pd.DataFrame:
+        """The table of all rows; the model is then ready to be used."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        _check_weights(self.model, self.step)
+        self.model.eval()
+        self.optimiser.zero_grad(set_to_none=True)
+        history = pd.DataFrame(self.rows).set_index("step")
+        history.attrs["seconds"] = self.before + seconds
+        return history
+
+
+def same_update(weights: Sequence[Tensor], start: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
+    """Whether weights went from `start` to where they went in `plain`, but for 5 % of the way."""
+    way, apart = (sum((end - one).square().sum() for end, one in zip(plain, ones)) for ones in (start, weights))
+    return bool(apart <= 0.05**2 * way)
+
+
+def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for value, target in zip(values, into):
+            target.copy_(value)
+
+
+@contextmanager
+def _no_waiting(mode: str) -> Iterator[None]:
+    """Operations that wait for the GPU warn, or are errors; checks that would wait are left out."""
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
@@ -196,20 +387,18 @@ def _interrupts_kept(keep: bool) -> Iterator[list[int]]:
         signal.raise_signal(came[0])
 
 
-def _summary(pending: list[dict[str, Tensor]], step: int) -> dict[str, float]:
-    """The mean of each term over the pending steps; read from the device once for all of them."""
-    names = list(pending[0])
-    values = torch.stack([torch.stack([row[name] for name in names]) for row in pending]).double().cpu()
-    finite = values.isfinite()
-    if not finite.all():
-        first = int((~finite).any(1).nonzero()[0])
-        bad = ", ".join(name for name, good in zip(names, finite[first]) if not good)
-        raise DMVAEError(
-            f"step {step - len(pending) + first + 1}: not finite: {bad}. A checkpoint from before, if one was written, is "
-            "kept; lower the learning rate, or look at the data and likelihood of that term and at the gradient of the "
-            "step before."
-        )
-    return {"step": step, **dict(zip(names, values.mean(0).tolist()))}
+def _summary(pending: Sequence[Logged], step: int) -> dict[str, float]:
+    """The mean of each term over the pending updates; read from the device once for all of them."""
+    values = torch.cat([values for _, values in pending]).double().cpu().split([len(names) for names, _ in pending])
+    updates = [dict(zip(names, one.tolist())) for (names, _), one in zip(pending, values)]
+    for number, terms in enumerate(updates, step - len(updates) + 1):
+        if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
+            raise DMVAEError(
+                f"step {number}: not finite: {', '.join(bad)}. A checkpoint from before, if one was written, is kept; "
+                "lower the learning rate, or look at the data and likelihood of that term and at the gradient of the "
+                "step before."
+            )
+    return {"step": step, **pd.DataFrame(updates).mean().to_dict()}
 
 
 def _check_weights(model: nn.Module, step: int) -> None:
@@ -222,38 +411,36 @@ def _check_weights(model: nn.Module, step: int) -> None:
         )
 
 
-def _save(path: Path, about: dict, step: int, rows: list, seconds: float, model: nn.Module, optimiser, device) -> None:
-    _check_weights(model, step)
+def _save(path: Path, lane: _Lane, seconds: float) -> None:
+    _check_weights(lane.model, lane.step)
     state = {
-        "about": about,
-        "step": step,
-        "history": rows,
+        "about": lane.about,
+        "step": lane.step,
+        "history": lane.rows,
         "seconds": seconds,
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "cpu_generator": torch.get_rng_state(),
-        "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "model": lane.model.state_dict(),
+        "optimiser": lane.optimiser.state_dict(),
+        **lane.random.state(),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_sealed(path, buffer.getvalue())
 
 
-def _restore(path: Path, about: dict, model: nn.Module, optimiser, device: torch.device) -> tuple[int, list, float]:
+def _restore(path: Path, lane: _Lane) -> None:
+    """Puts the lane where the checkpoint left it."""
     repair = "Delete it to train this run anew."
     content = read_sealed(path, f"The checkpoint cannot be used. {repair}")
     try:
-        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        if state["about"] != about:
-            different = ", ".join(key for key in about if state["about"].get(key) != about[key])
+        state = torch.load(io.BytesIO(content), map_location=lane.device, weights_only=True)
+        if state["about"] != lane.about:
+            different = ", ".join(key for key in lane.about if state["about"].get(key) != lane.about[key])
             raise DMVAEError(f"it is of a run with another {different}")
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["cpu_generator"].cpu())
-        if state["cuda_generator"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_generator"].cpu(), device)
+        lane.model.load_state_dict(state["model"])
+        lane.optimiser.load_state_dict(state["optimiser"])
+        lane.random.restore(state)
+        lane.step, lane.rows, lane.before = state["step"], state["history"], state["seconds"]
     except Exception as error:  # another model's weights, another version's checkpoint: torch raises many kinds
         raise DMVAEError(
             f"checkpoint {path} cannot be used ({type(error).__name__}: {str(error)[:200]}). {repair}"
         ) from error
-    return state["step"], state["history"], state["seconds"]
