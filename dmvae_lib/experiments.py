@@ -20,7 +20,7 @@ from dmvae_lib.metrics import cross_coherence, joint_coherence
 from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, MultimodalVAE, Terms
 from dmvae_lib.models.saving import fetched, load_weights, read_config
 from dmvae_lib.profiles import Profile, get_profile
-from dmvae_lib.runs import Item, Run, Setting, computed_once, run_items, train_or_load
+from dmvae_lib.runs import Item, Run, Setting, Training, computed_once, run_items
 from dmvae_lib.training import Schedule
 
 NAMES = ("mnist", "svhn")
@@ -154,8 +154,8 @@ def schedule(experiment: Experiment, profile: Profile) -> Schedule:
     return Schedule(profile.steps, profile.batch_size, profile.learning_rate, anneal)
 
 
-def run(experiment: Experiment, seed: int, setting: Setting, first: int | None = None) -> Run:
-    """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on.
+def training(experiment: Experiment, seed: int, setting: Setting, first: int | None = None) -> Training:
+    """What makes the experiment's run.
 
     first: take only so many of SVHN's training images, in their order, for the pairs.
     """
@@ -165,34 +165,43 @@ def run(experiment: Experiment, seed: int, setting: Setting, first: int | None =
         items, labels = (dict(of) | {"svhn": of["svhn"][:first]} for of in (data.items, data.item_labels))
         data = PairedData.pair(items, labels, profile.permutations)
     plan, config = schedule(experiment, profile), recipe(experiment, profile)
-    return train_or_load(partial(build, experiment, profile), data, plan, seed, setting, name, config)
+    return Training(partial(build, experiment, profile), data, plan, seed, setting, name, config)
+
+
+def run(experiment: Experiment, seed: int, setting: Setting) -> Run:
+    """The experiment's model trained from `seed`: loaded from runs/ if it is there, else trained, or trained on."""
+    return training(experiment, seed, setting).run()
 
 
 def learning_curve(setting: Setting) -> dict[int, Item]:
     """The work items of DMVAE, seed 0, on the first SVHN images alone: {so many: item}, as the profile says."""
+    name = f"{DMVAE_DIGITS.name} on {{}} SVHN images"
     return {
-        first: Item(f"{DMVAE_DIGITS.name} on {first} SVHN images", 0, partial(run, DMVAE_DIGITS, 0, setting, first))
+        first: Item(name.format(first), 0, partial(training, DMVAE_DIGITS, 0, setting, first))
         for first in setting.profile.learning_curve
     }
 
 
-def grid(experiments: Sequence, setting: Setting, run_one: Callable = run) -> list[Item]:
+def grid(experiments: Sequence, setting: Setting, training: Callable[..., Training] = training) -> list[Item]:
     """A work item for every experiment and each of the setting's seeds."""
     return [
-        Item(experiment.name, seed, partial(run_one, experiment, seed, setting))
+        Item(experiment.name, seed, partial(training, experiment, seed, setting))
         for experiment in experiments
         for seed in range(setting.seeds)
     ]
 
 
 def run_grid(
-    experiments: Sequence, setting: Setting, run_one: Callable = run, scheduler: str | None = None
+    experiments: Sequence,
+    setting: Setting,
+    training: Callable[..., Training] = training,
+    scheduler: str | None = None,
 ) -> dict[tuple[str, int], Run]:
-    """`run_one` for every experiment and each of the setting's seeds: {(experiment.name, seed): Run}.
+    """The run of every experiment and each of the setting's seeds: {(experiment.name, seed): Run}.
 
     scheduler: trains on many machines (`cluster.train`); None trains here.
     """
-    return run_items(grid(experiments, setting, run_one), scheduler)
+    return run_items(grid(experiments, setting, training), scheduler, setting.together)
 
 
 # --- evaluation: Sec. 5.1 -------------------------------------------------------------------------------------------
@@ -203,7 +212,7 @@ def classifier(name: str, setting: Setting) -> tuple[Run, float]:
 
     Raises DMVAEError for an unknown modality.
     """
-    made = _judge(name, setting)
+    made = _judge(name, setting).run()
     device = next(made.model.parameters()).device
     test_items = _alone(setting.digits.test, name).to(device)
     chunks = _chunks(len(test_items), device)
@@ -211,17 +220,15 @@ def classifier(name: str, setting: Setting) -> tuple[Run, float]:
     return made, cross_coherence(predicted, test_items.labels)
 
 
-def _judge(name: str, setting: Setting) -> Run:
-    """The classifier trained on all training images as they are, not on generated ones (MMVAE's protocol), or loaded."""
+def _judge(name: str, setting: Setting) -> Training:
+    """The classifier, on all training images as they are, not on generated ones (MMVAE's protocol)."""
     if name not in NAMES:
         raise DMVAEError(f"unknown modality {name!r}; the digits have {', '.join(NAMES)}.")
     train_items = _alone(setting.digits.train, name)
     channels, size = train_items.items[name].shape[1:3]
     plan = Schedule(setting.profile.classifier_steps, 128)
-    return train_or_load(
-        partial(networks.digit_classifier, channels, size), train_items, plan, 0, setting, f"classifier-{name}", {},
-        _classify,
-    )  # fmt: skip
+    make = partial(networks.digit_classifier, channels, size)
+    return Training(make, train_items, plan, 0, setting, f"classifier-{name}", {}, _classify)
 
 
 def classifier_items(setting: Setting) -> list[Item]:
@@ -278,7 +285,7 @@ def _chunks(n: int, device: torch.device, size: int = 1_000) -> Sequence[Tensor]
 def evaluate(run: Run, setting: Setting) -> dict[str, float]:
     """`coherence` of a run on the setting's evaluation pairs; kept in the run's folder, by data and classifiers."""
     data = setting.digits.test
-    judges = {name: _judge(name, setting) for name in data.names}
+    judges = {name: _judge(name, setting).run() for name in data.names}
     judged_by = "-".join(judge.info["hash"] for judge in judges.values())
     models = {name: judge.model for name, judge in judges.items()}
     path = run.folder / f"coherence-{setting.evaluation}-{data.fingerprint}-{judged_by}.json"

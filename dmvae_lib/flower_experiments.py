@@ -15,7 +15,7 @@ from dmvae_lib.experiments import run_grid
 from dmvae_lib.models import flowers
 from dmvae_lib.profiles import Profile
 from dmvae_lib.retrieval import evaluate_retrieval
-from dmvae_lib.runs import Run, Setting, computed_once, train_or_load
+from dmvae_lib.runs import Run, Setting, Training, computed_once
 from dmvae_lib.training import Schedule, resolve_device
 
 
@@ -111,19 +111,23 @@ def build(experiment: FlowerExperiment, profile: Profile, data: FlowerData) -> n
     )
 
 
-def run_flower(experiment: FlowerExperiment, seed: int, setting: Setting) -> Run:
-    """The row's model trained (or, for GMM+HGLMM, fitted) from `seed`, or loaded from runs/."""
+def training(experiment: FlowerExperiment, seed: int, setting: Setting) -> Training:
+    """What makes the row's run: `flowers.objective` by Adam or, for GMM+HGLMM, a fit."""
     data, profile = flower_data(setting), setting.profile
     config = {"experiment": asdict(experiment), "hidden": profile.flower_hidden}
     if experiment.model == "DMVAE":
         config |= {"weights": profile.flower_weights, "matching": profile.flower_matching}
     fitted = experiment.model == "GMM+HGLMM"
     plan = Schedule(0 if fitted else profile.flower_steps, 64, profile.flower_learning_rate)
-
-    return train_or_load(
+    return Training(
         partial(build, experiment, profile, data), data.train, plan, seed, setting, experiment.name, config,
         flowers.objective, partial(_fit, data, seed) if fitted else None,
     )  # fmt: skip
+
+
+def run_flower(experiment: FlowerExperiment, seed: int, setting: Setting) -> Run:
+    """The row's run, trained or loaded."""
+    return training(experiment, seed, setting).run()
 
 
 def _fit(data: FlowerData, seed: int, model: nn.Module) -> None:
@@ -133,9 +137,9 @@ def _fit(data: FlowerData, seed: int, model: nn.Module) -> None:
 def run_flower_grid(
     experiments: Sequence[FlowerExperiment], setting: Setting, scheduler: str | None = None
 ) -> dict[tuple[str, int], Run]:
-    """`run_flower` for every experiment and each of the setting's seeds, as `run_grid`; the features come first."""
+    """The run of every experiment and each of the setting's seeds, as `run_grid`; the features come first."""
     flower_data(setting)
-    return run_grid(experiments, setting, run_flower, scheduler)
+    return run_grid(experiments, setting, training, scheduler)
 
 
 def evaluate_flowers(run: Run, setting: Setting) -> dict:

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from dmvae_lib import paper
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.experiments import TABLE1, Experiment, build, evaluate, recipe, run, schedule
+from dmvae_lib.experiments import TABLE1, Experiment, build, evaluate, recipe, schedule, training
 from dmvae_lib.models import DMVAE, MMVAE
 from dmvae_lib.report import Results, compare
-from dmvae_lib.runs import Item, Run, Setting, command_line, run_items, setting, train_or_load
+from dmvae_lib.runs import Item, Setting, Training, command_line, run_items, setting
 from dmvae_lib.training import Schedule, batches, resolve_device
 
 ROWS = {name: TABLE1[name] for name in ("DMVAE", "MMVAE")}
@@ -112,11 +112,11 @@ def fit(data: PairedData, plan: Schedule, seed: int, device: torch.device, model
         trainer.train_step(1)
 
 
-def run_independent(experiment: Experiment, seed: int, place: Setting) -> Run:
-    """The experiment's networks trained by MultiVae: the same pairs, updates and learning rate; or loaded."""
+def independent(experiment: Experiment, seed: int, place: Setting) -> Training:
+    """The experiment's networks to be trained by MultiVae: the same pairs, updates and learning rate."""
     plan, data = schedule(experiment, place.profile), place.digits.train
     config = recipe(experiment, place.profile) | {"multivae": version("multivae")}
-    return train_or_load(
+    return Training(
         partial(build, experiment, place.profile), data, plan, seed, place, f"multivae-{experiment.name}", config,
         fit=partial(fit, data, plan, seed, resolve_device(place.device)),
     )  # fmt: skip
@@ -128,15 +128,17 @@ def main() -> None:
         if find_spec("multivae") is None:
             raise DMVAEError("the package multivae is not installed; `pip install multivae` brings it.")
         place = setting(**vars(options))
-        makers: dict[str, Callable[..., Run]] = {"dmvae_lib": run, f"MultiVae {version('multivae')}": run_independent}
-        items = {
-            (f"{row}, {maker}", seed): Item(f"{row} by {maker}", seed, partial(make, experiment, seed, place))
+        makers: dict[str, Callable[..., Training]] = {
+            "dmvae_lib": training,
+            f"MultiVae {version('multivae')}": independent,
+        }
+        items = [
+            Item(f"{row}, {maker}", seed, partial(make, experiment, seed, place))
             for row, experiment in ROWS.items()
             for maker, make in makers.items()
             for seed in range(place.seeds)
-        }
-        made = run_items(list(items.values()))
-        runs = {key: made[item.name, item.seed] for key, item in items.items()}
+        ]
+        runs = run_items(items, together=place.together)
         values: dict[str, list] = {}
         for (row, _), trained in runs.items():
             values.setdefault(row, []).append(evaluate(trained, place))

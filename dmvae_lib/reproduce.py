@@ -20,7 +20,8 @@ from dmvae_lib import cluster
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.experiments import DIGITS, DMVAE_DIGITS, classifier_items, grid, learning_curve
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
-from dmvae_lib.flower_experiments import FLOWERS, flower_data, run_flower
+from dmvae_lib.flower_experiments import FLOWERS, flower_data
+from dmvae_lib.flower_experiments import training as flower_training
 from dmvae_lib.report import index, readme_tables
 from dmvae_lib.runs import OPTIONS, Setting, command_line, project_folder, run_items, setting
 
@@ -103,9 +104,9 @@ def train_all(place: Setting, scheduler: str | None) -> None:
         *grid(DIGITS, place),
         *grid([DMVAE_DIGITS], replace(place, seeds=max(place.seeds, 3))),  # notebook 09 shows the spread
         *learning_curve(place).values(),
-        *grid(FLOWERS, place, run_flower),
+        *grid(FLOWERS, place, flower_training),
     ]
-    run_items(list({str(item): item for item in items}.values()), scheduler)
+    run_items(list({str(item): item for item in items}.values()), scheduler, place.together)
 
 
 def execute_all(place: Setting, options: argparse.Namespace) -> None:

@@ -9,9 +9,11 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ from dmvae_lib.files import (
 )
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.source import source_digests
-from dmvae_lib.training import Schedule, model_objective, resolve_device, train
+from dmvae_lib.training import Job, Schedule, model_objective, resolve_device, train_side_by_side
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the commands, by the names of `setting`'s parameters
     "profile": {"default": "quick", "help": "smoke, quick, subset or paper; subset@0.05: a share of it"},
@@ -63,6 +65,11 @@ class Setting:
     runs: Path = Path("runs")
     results: Path = Path("results")
     evaluation: str = "test"
+
+    @property
+    def together(self) -> int:
+        """How many runs are trained side by side: all seeds on a GPU, one on a CPU, which has no room for a second."""
+        return self.seeds if resolve_device(self.device).type == "cuda" else 1
 
     @property
     def digits(self) -> Digits:
@@ -120,78 +127,119 @@ class Run:
     info: dict = field(repr=False)
 
 
-def train_or_load(
-    make: Callable[[], nn.Module],
-    data: PairedData,
-    plan: Schedule,
-    seed: int,
-    setting: Setting,
-    name: str,
-    config: dict,
-    objective: Callable = model_objective,
-    fit: Callable[[nn.Module], object] | None = None,
-) -> Run:
-    """The model `make()` trained on `data`, in runs/<profile>/<name>/seed<seed>-<configuration's hash>/.
+@dataclass(frozen=True)
+class Training:
+    """What makes a run: the model `make()` trained on `data` by `plan` from `seed`, in runs/<profile>/<name>/.
 
-    fit: fits the model in closed form or by EM; it then takes the place of `train`, and the history is empty.
+    config: what else made it, as JSON. fit: fits the model in closed form or by EM; it then takes the place of `train`,
+    and the history is empty.
+    """
+
+    make: Callable[[], nn.Module]
+    data: PairedData
+    plan: Schedule
+    seed: int
+    setting: Setting
+    name: str
+    config: dict
+    objective: Callable = model_objective
+    fit: Callable[[nn.Module], object] | None = None
+
+    def run(self) -> Run:
+        """`train_or_load` of this one."""
+        (run,) = train_or_load([self])
+        return run
+
+
+class _Folder:
+    """A training's model and the folder that keeps it: <name>/seed<seed>-<configuration's hash>/."""
+
+    def __init__(self, training: Training):
+        self.training, seed = training, training.seed
+        self.device = resolve_device(training.setting.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self.model = training.make()
+        about = {"name": training.name, "seed": seed, "schedule": asdict(training.plan)}
+        about |= {"data": training.data.fingerprint, "library": version("dmvae_lib")}
+        parts = {type(part) for part in self.model.modules()}
+        made_by = training.fit or training.objective
+        about["code"] = source_digests(training.make, made_by, *parts, "dmvae_lib.networks", "dmvae_lib.training")
+        self.config = json.loads(json.dumps(training.config | about))  # as run.json will give it back
+        self.digest = configuration_hash(self.config)
+        place = training.setting.runs / training.setting.profile.name / training.name
+        self.path = place / f"seed{seed}-{self.digest}"
+        self.weights, self.table = self.path / "model.safetensors", self.path / "history.csv"
+        self.record = self.path / "run.json"  # written last: a run without it is not finished
+
+    def __str__(self) -> str:
+        return f"{self.training.name}, seed {self.training.seed}"
+
+    def job(self) -> Job:
+        made = self.training
+        return Job(self.model, made.data, made.plan, made.seed, self.path, made.objective, str(self), self.digest)
+
+    def fitted(self, fit: Callable[[nn.Module], object]) -> pd.DataFrame:
+        started = time.monotonic()
+        fit(self.model)
+        history = pd.DataFrame(index=pd.Index([], name="step"))
+        history.attrs["seconds"] = time.monotonic() - started
+        return history
+
+    def write(self, history: pd.DataFrame) -> None:
+        with atomic_write(self.weights) as temporary:  # safetensors' own writer hides a full disk's errno
+            state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+            temporary.write_bytes(save(state))
+        with atomic_write(self.table) as temporary:
+            history.to_csv(temporary)
+        info = {"config": self.config, "hash": self.digest, "seconds": round(history.attrs["seconds"], 1)}
+        info |= {"files": {path.name: sha256(path) for path in (self.weights, self.table)}} | provenance(self.device)
+        write_json(self.record, seal(info))
+
+    def read(self) -> Run:
+        remove(self.path / "checkpoint.pt")
+        repair = f"Delete the folder {self.path} to train it anew."
+        info = check_seal(read_json(self.record, repair), str(self.record), repair)
+        if info["config"] != self.config:
+            raise DMVAEError(
+                f"{self.record} is another run's, {info['config']['name']} with hash {info['hash']}. {repair}"
+            )
+        verify(self.weights, info["files"][self.weights.name], repair)
+        verify(self.table, info["files"][self.table.name], repair)
+        try:
+            self.model.load_state_dict(load(self.weights.read_bytes()))
+            history = pd.read_csv(self.table, index_col="step")
+        except Exception as error:  # verified, so written by another version of safetensors or pandas
+            raise DMVAEError(f"run {self.path} cannot be read ({type(error).__name__}: {error}). {repair}") from error
+        return Run(self.model.to(self.device).eval(), history, self.path, info)
+
+
+def train_or_load(trainings: Sequence[Training]) -> list[Run]:
+    """The run of each training, of one setting; those that are not there yet are trained side by side.
 
     A finished run is loaded, an interrupted one goes on from its checkpoint; while one process trains it, others wait.
-    The hash covers the configuration, the schedule, the data's fingerprint, the library's version, and the source of
-    the model, the training, `make` and `objective` or `fit` (`source_digests`): after a change to any of it the run is
-    trained anew in a folder of its own, and the old one stays. Changes to comments, to tables' rows, or to what
-    evaluates and reports leave it as it is.
+    The hash in a folder's name covers the configuration, the schedule, the data's fingerprint, the library's version,
+    and the source of the model, the training, `make` and `objective` or `fit` (`source_digests`): after a change to any
+    of it the run is trained anew in a folder of its own, and the old one stays. Changes to comments, to tables' rows,
+    or to what evaluates and reports leave it as it is.
 
     Raises DMVAEError for a run whose files are not, byte for byte, those that were written.
     """
-    config = config | {
-        "name": name,
-        "seed": seed,
-        "schedule": asdict(plan),
-        "data": data.fingerprint,
-        "library": version("dmvae_lib"),
-    }
-    device = resolve_device(setting.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model = make()
-    parts = {type(part) for part in model.modules()}
-    config["code"] = source_digests(make, fit or objective, *parts, "dmvae_lib.networks", "dmvae_lib.training")
-    config = json.loads(json.dumps(config))  # as run.json will give it back
-    digest = configuration_hash(config)
-    folder = setting.runs / setting.profile.name / name / f"seed{seed}-{digest}"
-    weights, table, record = folder / "model.safetensors", folder / "history.csv", folder / "run.json"
-    if not record.exists():  # written last: a run without it is not finished
-        with locked(folder, f"training {name}, seed {seed}"):
-            if not record.exists():
-                remove_leftovers(folder)
-                started = time.monotonic()
-                if fit is None:
-                    description = f"{name}, seed {seed}"
-                    history = train(model, data, plan, seed, device, folder, objective, description, identity=digest)
-                else:
-                    fit(model)
-                    history = pd.DataFrame(index=pd.Index([], name="step"))
-                seconds = history.attrs.get("seconds", time.monotonic() - started)  # of all parts of a resumed run
-                with atomic_write(weights) as temporary:  # safetensors' own writer hides a full disk's errno
-                    temporary.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}))
-                with atomic_write(table) as temporary:
-                    history.to_csv(temporary)
-                info = {"config": config, "hash": digest, "seconds": round(seconds, 1)}
-                info |= {"files": {path.name: sha256(path) for path in (weights, table)}} | provenance(device)
-                write_json(record, seal(info))
-    remove(folder / "checkpoint.pt")
-    repair = f"Delete the folder {folder} to train it anew."
-    info = check_seal(read_json(record, repair), str(record), repair)
-    if info["config"] != config:
-        raise DMVAEError(f"{record} is another run's, {info['config']['name']} with hash {info['hash']}. {repair}")
-    verify(weights, info["files"][weights.name], repair)
-    verify(table, info["files"][table.name], repair)
-    try:
-        model.load_state_dict(load(weights.read_bytes()))
-        history = pd.read_csv(table, index_col="step")
-    except Exception as error:  # verified, so written by another version of safetensors or pandas
-        raise DMVAEError(f"run {folder} cannot be read ({type(error).__name__}: {error}). {repair}") from error
-    return Run(model.to(device).eval(), history, folder, info)
+    folders = [_Folder(training) for training in trainings]
+    with ExitStack() as locks:
+        for folder in sorted(folders, key=lambda folder: folder.path):
+            if not folder.record.exists():
+                locks.enter_context(locked(folder.path, f"training {folder}"))
+        missing = [folder for folder in folders if not folder.record.exists()]
+        for folder in missing:
+            remove_leftovers(folder.path)
+            if fit := folder.training.fit:
+                folder.write(folder.fitted(fit))
+        if trained := [folder for folder in missing if not folder.training.fit]:
+            histories = train_side_by_side([folder.job() for folder in trained], trained[0].device)
+            for folder, history in zip(trained, histories):
+                folder.write(history)
+    return [folder.read() for folder in folders]
 
 
 def configuration_hash(config: dict) -> str:
@@ -251,28 +299,42 @@ def _kept(path: Path, about: dict) -> dict | None:
 
 
 class Item(NamedTuple):
-    """A piece of work, `work()`: trains a run or loads it, in any process that sees the same folders."""
+    """A piece of work: `training()` says what makes the run, in any process that sees the same folders."""
 
     name: str
     seed: int
-    work: Callable[[], Run]
+    training: Callable[[], Training]
 
     def __str__(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
     def run(self) -> Run:
-        """The run. Raises DMVAEError that names experiment and seed."""
-        try:
-            return self.work()
-        except DMVAEError as error:
-            raise DMVAEError(f"{self}: {error}") from error
+        """The run, trained or loaded. Raises DMVAEError that names experiment and seed."""
+        (run,) = _run([self])
+        return run
 
 
-def run_items(items: Sequence[Item], scheduler: str | None = None) -> dict[tuple[str, int], Run]:
-    """Every item's run, by name and seed: trained one after the other here, or by `cluster.train`, then loaded here."""
+def _run(items: Sequence[Item]) -> list[Run]:
+    try:
+        return train_or_load([item.training() for item in items])
+    except DMVAEError as error:
+        raise DMVAEError(f"{'; '.join(map(str, items))}: {error}") from error
+
+
+def run_items(items: Sequence[Item], scheduler: str | None = None, together: int = 1) -> dict[tuple[str, int], Run]:
+    """Every item's run, by name and seed: trained here, or by `cluster.train`, then loaded here.
+
+    together: so many seeds of one name are trained side by side, which fills a GPU.
+    """
     if scheduler:
         from dmvae_lib import cluster
 
         cluster.train(items, scheduler)
-    bar = tqdm(items, desc="runs", unit="run", leave=False, disable=len(items) == 1)
-    return {(item.name, item.seed): item.run() for item in bar}
+    runs: dict[tuple[str, int], Run] = {}
+    with tqdm(total=len(items), desc="runs", unit="run", leave=False, disable=len(items) == 1) as bar:
+        for _, of_name in groupby(items, key=lambda item: item.name):
+            seeds = list(of_name)
+            for group in (seeds[first : first + together] for first in range(0, len(seeds), together)):
+                runs |= {(item.name, item.seed): run for item, run in zip(group, _run(group))}
+                bar.update(len(group))
+    return runs

@@ -160,7 +160,7 @@ def train_side_by_side(
                 rate = (bar.format_dict["rate"] or 0.0) * lane.job.schedule.batch_size
                 bar.set_postfix_str(f"loss {lane.rows[-1]['total']:.1f}, {rate:.0f} pairs/s")
                 if lane.checkpoint and (interrupts or time.monotonic() - lane.saved > checkpoint_seconds):
-                    lane.save((time.monotonic() - begun) / len(jobs))
+                    lane.save(lane.checkpoint, (time.monotonic() - begun) / len(jobs))
             running = [lane for lane in running if not (lane.finished or (interrupts and lane in ended))]
     for lane in lanes:
         if not lane.finished:
@@ -172,7 +172,7 @@ class _Randomness:
     """torch's global generators in a state of their own inside a `with` block, and in the caller's after it."""
 
     def __init__(self, seed: int, device: torch.device):
-        self.cuda = None
+        self.cuda: Any = None  # torch.Generator
         if device.type == "cuda":
             self.default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]  # fmt: skip
             self.cuda = self.default.clone_state()
@@ -221,7 +221,8 @@ class _Lane:
         self.random = _Randomness(job.seed, device)
         self.checkpoint = Path(job.directory) / "checkpoint.pt" if job.directory is not None else None
         self.about = {"schedule": asdict(job.schedule), "seed": job.seed, "identity": job.identity}
-        self.step, self.rows, self.before = 0, [], 0.0
+        self.step, self.before = 0, 0.0
+        self.rows: list[dict[str, float]] = []
         if self.checkpoint is not None:
             self.about["data"] = job.data.fingerprint
             if self.checkpoint.exists():
@@ -229,7 +230,8 @@ class _Lane:
         self.batches = batches(data, job.schedule.batch_size, job.seed, self.step)
         self.pending: list[Logged] = []
         self.saved = time.monotonic()
-        self.updates, self.ready, self.graph = 0, False, None
+        self.updates, self.ready = 0, False
+        self.graph: Any = None  # torch.cuda.CUDAGraph
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))
@@ -315,9 +317,9 @@ class _Lane:
             self.rows.append(_summary(self.pending, self.step))
         self.pending = []
 
-    def save(self, seconds: float) -> None:
+    def save(self, path: Path, seconds: float) -> None:
         with torch.cuda.stream(self.stream):
-            _save(self.checkpoint, self, self.before + seconds)
+            _save(path, self, self.before + seconds)
         self.saved = time.monotonic()
 
     def history(self, seconds: float) -> pd.DataFrame:

@@ -42,7 +42,7 @@ from torch import nn
 from dmvae_lib import DMVAE, DMVAEError, Modality, files, report, reproduce, runs
 from dmvae_lib.data import PairedData, digits, features, flowers
 from dmvae_lib.profiles import get_profile
-from dmvae_lib.training import Schedule, train
+from dmvae_lib.training import Schedule, train, train_side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG, SHORT = Schedule(steps=400, batch_size=8, log_every=4), Schedule(steps=12, batch_size=8, log_every=3)
@@ -71,7 +71,7 @@ def place_of(folder: Path) -> runs.Setting:
 
 
 def small_run(place: runs.Setting, plan: Schedule = SHORT, seed: int = 0) -> runs.Run:
-    return runs.train_or_load(small_model, small_data(), plan, seed, place, "small", {})
+    return runs.Training(small_model, small_data(), plan, seed, place, "small", {}).run()
 
 
 def measure(run: runs.Run) -> dict[str, float]:
@@ -98,7 +98,7 @@ def start(function: Callable, *arguments) -> int:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        runs.train = functools.partial(train, checkpoint_seconds=0)
+        runs.train_side_by_side = functools.partial(train_side_by_side, checkpoint_seconds=0)
         function(*arguments)
         code = 0
     except DMVAEError:
@@ -238,14 +238,14 @@ def two_at_once(folder: Path, tries: int, chance: random.Random) -> tuple[int, i
     expected = undisturbed(folder / "undisturbed", SHORT)
 
     def noted(place: Path) -> None:
-        usual = runs.train
+        usual = runs.train_side_by_side
 
         def noting(*arguments, **options):
             (place / f"trained-{os.getpid()}").touch()
             time.sleep(0.05)  # so that the others come in the middle
             return usual(*arguments, **options)
 
-        runs.train = noting
+        runs.train_side_by_side = noting
         run_in(place, SHORT)
 
     lost = 0
@@ -297,7 +297,7 @@ def reproduce_once() -> None:
     """In a small project: `make reproduce` with small runs in place of the paper's."""
     reproduce.setting = lambda *_: place_of(Path.cwd())
     reproduce.train_all = lambda place, scheduler: [small_run(place, seed=seed) for seed in range(2)]
-    runs.train = functools.partial(train, checkpoint_seconds=0)
+    runs.train_side_by_side = functools.partial(train_side_by_side, checkpoint_seconds=0)
     reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS, scheduler=None))
 
 

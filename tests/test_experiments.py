@@ -21,7 +21,7 @@ def place(tmp_path_factory):
 
 def test_a_run_is_trained_once_then_loaded_with_the_same_weights(place, monkeypatch):
     first = ex.run(ex.DMVAE_DIGITS, 0, place)
-    monkeypatch.setattr(runs, "train", None)  # training again would fail
+    monkeypatch.setattr(runs, "train_side_by_side", None)  # training again would fail
     again = ex.run(ex.DMVAE_DIGITS, 0, place)
     for one, other in zip(first.model.parameters(), again.model.parameters()):
         assert torch.equal(one, other)
@@ -42,8 +42,8 @@ def test_another_seed_switch_or_schedule_is_another_run(place):
 
 def test_a_learning_curve_trains_on_the_first_images_alone(place, monkeypatch):
     seen = []
-    usual = runs.train
-    monkeypatch.setattr(runs, "train", lambda model, data, *rest, **options: seen.append(data) or usual(model, data, *rest, **options))  # fmt: skip
+    usual = runs.train_side_by_side
+    monkeypatch.setattr(runs, "train_side_by_side", lambda jobs, *rest: seen.extend(job.data for job in jobs) or usual(jobs, *rest))  # fmt: skip
     ((first, item),) = ex.learning_curve(place).items()
     made = item.run()
     assert first == 500 and made.info["config"]["name"] == "dmvae-first-500"

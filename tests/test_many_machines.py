@@ -16,7 +16,7 @@ from dmvae_lib import experiments as ex
 from dmvae_lib.data import PairedData
 from dmvae_lib.data.digits import Digits
 from dmvae_lib.data.embedded import handwritten_digits, house_numbers
-from dmvae_lib.training import train
+from dmvae_lib.training import train_side_by_side
 
 distributed = pytest.importorskip("distributed")
 EXPERIMENTS = [ex.DMVAE_DIGITS, ex.TABLE3["no private spaces"]]
@@ -53,24 +53,25 @@ def workers():
         yield started
 
 
-def run_and_note(experiment, seed, setting):
-    """`run` with a checkpoint at every row of the history; notes which process begins, and after how many updates it ends."""
+def noted(experiment, seed, setting):
+    """The training; it writes a checkpoint at every row of the history, and notes which process begins, and after how
+    many updates it ends."""
     note = setting.runs / f"{experiment.name}-{seed}.note"
 
-    def noted(model, data, plan, seed, device, folder, objective, *rest, **options):
-        updates = []
+    def train_and_note(jobs, device):
+        ((job, updates),) = ((job, []) for job in jobs)
 
         def counted(*batch):
             updates.append(1)
-            return objective(*batch)
+            return job.objective(*batch)
 
         write(note, f"{os.getpid()} begins")
-        history = train(model, data, plan, seed, device, folder, counted, *rest, **options, checkpoint_seconds=0.0)
+        histories = train_side_by_side([replace(job, objective=counted)], device, checkpoint_seconds=0.0)
         write(note, f"{os.getpid()} ends after {len(updates)}")
-        return history
+        return histories
 
-    with patch.object(runs, "train", noted):
-        return ex.run(experiment, seed, setting)
+    runs.train_side_by_side = train_and_note  # a worker trains one item at a time
+    return ex.training(experiment, seed, setting)
 
 
 def write(path, line):
@@ -96,7 +97,8 @@ def test_a_killed_workers_item_is_trained_on_elsewhere_with_the_same_results(wor
     killed = []
     killer = threading.Thread(target=kill_one_that_trains, args=(place.runs, killed))
     killer.start()
-    done = ex.run_grid(EXPERIMENTS, replace(place, seeds=2), run_and_note, workers.scheduler_address)
+    with patch.object(runs, "train_side_by_side", train_side_by_side):  # `noted` is called here, too, to load the runs
+        done = ex.run_grid(EXPERIMENTS, replace(place, seeds=2), noted, workers.scheduler_address)
     killer.join()
 
     ((note, pid),) = killed
@@ -119,7 +121,7 @@ def fail_with_seed_1(experiment, seed, setting):
         raise DMVAEError("step 3: not finite: kl.")
     if seed == 2:
         raise RuntimeError("out of memory")
-    return ex.run(experiment, seed, setting)
+    return ex.training(experiment, seed, setting)
 
 
 def test_a_failure_names_its_item_and_the_others_finish(workers, place):

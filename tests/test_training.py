@@ -1,13 +1,16 @@
 """The training loop: same seed same weights, resuming, refusing to go on with numbers that are not finite."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from dmvae_lib import DMVAE, DMVAEError, Modality
 from dmvae_lib.data import PairedData
-from dmvae_lib.models import Terms
-from dmvae_lib.training import Schedule, batches, resolve_device, train
+from dmvae_lib.models import MVAE, Terms
+from dmvae_lib.training import Job, Schedule, batches, resolve_device, same_update, train, train_side_by_side
 
 PLAN = Schedule(steps=12, batch_size=8, log_every=3)
 
@@ -50,6 +53,65 @@ def test_training_leaves_the_callers_generator_alone_and_lowers_the_loss():
     assert torch.equal(torch.rand(1), expected) and not model_under_test.training
     assert history["total"].iloc[-1] < history["total"].iloc[0]
     assert list(history.index) == list(range(20, 201, 20)) and "b<-a/log_likelihood" in history
+
+
+def test_side_by_side_each_becomes_what_it_would_alone(tmp_path):
+    plans = [PLAN, replace(PLAN, steps=17, anneal_steps=5), PLAN]
+    alone = [model(seed) for seed in range(3)]
+    histories = [train(m, data(), plan, seed, "cpu") for seed, (m, plan) in enumerate(zip(alone, plans))]
+    train(begun := model(2), data(), replace(PLAN, steps=6), 2, "cpu")  # moves the global generators in between
+    together = [model(seed) for seed in range(3)]
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    jobs = [Job(m, data(), plan, seed, tmp_path / str(seed)) for seed, (m, plan) in enumerate(zip(together, plans))]
+    for mine, other in zip(histories, train_side_by_side(jobs, "cpu", checkpoint_seconds=0)):
+        assert mine.equals(other)
+    assert all(torch.equal(weights(a), weights(b)) for a, b in zip(alone, together))
+    assert not torch.equal(weights(begun), weights(together[2])) and torch.equal(torch.rand(1), expected)
+
+
+def test_side_by_side_each_goes_on_from_its_own_checkpoint(tmp_path):
+    alone = [model(seed) for seed in range(2)]
+    histories = [train(m, data(), PLAN, seed, "cpu") for seed, m in enumerate(alone)]
+    fails = failing(2 * PLAN.steps - 5)
+    jobs = [Job(model(seed), data(), PLAN, seed, tmp_path / str(seed), fails) for seed in (0, 1)]
+    with pytest.raises(Stop):
+        train_side_by_side(jobs, "cpu", checkpoint_seconds=0)
+    (tmp_path / "1" / "checkpoint.pt").unlink()  # the second starts anew, beside the first one's last updates
+    jobs = [Job(model(9), data(), PLAN, 0, tmp_path / "0"), Job(model(1), data(), PLAN, 1)]
+    for history, job, other, its in zip(train_side_by_side(jobs, "cpu"), jobs, alone, histories):
+        assert history.equals(its) and torch.equal(weights(job.model), weights(other))
+
+
+def failing(stop: int):
+    """An objective that raises Stop when it is called for the `stop`-th time, by whichever model."""
+    calls = itertools.count(1)
+
+    def objective(m, batch, labels, beta) -> Terms:
+        if next(calls) == stop:
+            raise Stop
+        return m.loss(batch, beta=beta)
+
+    return objective
+
+
+def test_terms_that_only_some_updates_have_are_averaged_over_those():
+    """MVAE draws other subsets of three modalities at every update."""
+    names = ("a", "b", "c")
+    items, labels = {name: torch.rand(40, 6) for name in names}, dict.fromkeys(names, torch.arange(40) % 5)
+    trained = MVAE({name: Modality(nn.Linear(6, 4), nn.Linear(2, 6), 0) for name in names}, 2, random_subsets=1)
+    pairs = PairedData.pair(items, labels, permutations=2)
+    history = train(trained, pairs, Schedule(30, 8, log_every=30), device="cpu")
+    assert {f"elbo({pair})/kl" for pair in ("a,b", "a,c", "b,c")} < set(history.columns)
+    assert history.notna().to_numpy().all()
+
+
+def test_updates_are_the_same_up_to_a_twentieth_of_their_way():
+    start, plain = [torch.zeros(3), torch.zeros(2)], [torch.ones(3), -torch.ones(2)]
+    assert same_update([torch.full((3,), 1.01), -torch.ones(2)], start, plain)
+    assert not same_update([torch.full((3,), 1.2), -torch.ones(2)], start, plain)
+    assert not same_update(start, start, plain)
 
 
 class Stop(Exception):
