@@ -230,7 +230,7 @@ def train_or_load(trainings: Sequence[Training]) -> list[Run]:
         for folder in sorted(folders, key=lambda folder: folder.path):
             if not folder.record.exists():
                 locks.enter_context(locked(folder.path, f"training {folder}"))
-        missing = [folder for folder in folders if not folder.record.exists()]
+        missing = list({folder.path: folder for folder in folders if not folder.record.exists()}.values())
         for folder in missing:
             remove_leftovers(folder.path)
             if fit := folder.training.fit:
@@ -317,8 +317,18 @@ class Item(NamedTuple):
 def _run(items: Sequence[Item]) -> list[Run]:
     try:
         return train_or_load([item.training() for item in items])
-    except DMVAEError as error:
-        raise DMVAEError(f"{'; '.join(map(str, items))}: {error}") from error
+    except (DMVAEError, torch.OutOfMemoryError) as error:
+        if len(items) == 1:
+            raise DMVAEError(f"{items[0]}: {error}") from error
+    runs, failures = [], []  # one after the other, from the checkpoints: the others finish, and what failed is named
+    for item in items:
+        try:
+            runs.append(item.run())
+        except DMVAEError as error:
+            failures.append(str(error))
+    if failures:
+        raise DMVAEError("\n".join(failures))
+    return runs
 
 
 def run_items(items: Sequence[Item], scheduler: str | None = None, together: int = 1) -> dict[tuple[str, int], Run]:

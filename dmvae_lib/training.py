@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -119,7 +121,8 @@ def train(
         button) or SIGTERM then waits for the end of the history's row, so that nothing is lost; a second does not.
     objective: (model, batch, labels, beta) -> Terms.
     identity: what else makes this run this one, beside schedule, seed and data; another's checkpoint is refused.
-    capture: on a GPU, make the update one CUDA graph (`_Lane`) where that is possible.
+    capture: on a GPU, make the update one CUDA graph (`_Lane`) where that is possible. The objective is then called for
+        the first few updates alone, with beta as a tensor: an objective with a state of its own needs capture=False.
 
     Dropout and latent samples draw from torch's global generators, seeded here and restored to the caller afterwards.
     `history.attrs["seconds"]` is the time all parts of the run took. Raises DMVAEError when a term or a weight is not
@@ -149,19 +152,25 @@ def train_side_by_side(
     names = " and ".join(dict.fromkeys(job.description for job in jobs))
     total, initial = sum(job.schedule.steps for job in jobs), sum(lane.step for lane in lanes)
     bar = tqdm(total=total, initial=initial, desc=names, unit="step", leave=False)
-    with bar, _interrupts_kept(any(lane.checkpoint for lane in lanes)) as interrupts:
-        while running:
-            for lane in running:
-                lane.update()
-            ended = [lane for lane in running if lane.row_is_full()]
-            for lane in ended:
-                bar.update(len(lane.pending))
-                lane.end_row()
-                rate = (bar.format_dict["rate"] or 0.0) * lane.job.schedule.batch_size
-                bar.set_postfix_str(f"loss {lane.rows[-1]['total']:.1f}, {rate:.0f} pairs/s")
-                if lane.checkpoint and (interrupts or time.monotonic() - lane.saved > checkpoint_seconds):
-                    lane.save(lane.checkpoint, (time.monotonic() - begun) / len(jobs))
-            running = [lane for lane in running if not (lane.finished or (interrupts and lane in ended))]
+    try:
+        with bar, _interrupts_kept(any(lane.checkpoint for lane in lanes)) as interrupts:
+            while running:
+                for lane in running:
+                    lane.update()
+                stop, ended = bool(interrupts), [lane for lane in running if lane.row_is_full()]
+                for lane in ended:
+                    bar.update(len(lane.pending))
+                    lane.end_row()
+                    rate = (bar.format_dict["rate"] or 0.0) * lane.job.schedule.batch_size
+                    bar.set_postfix_str(f"loss {lane.rows[-1]['total']:.1f}, {rate:.0f} pairs/s")
+                    alone = len(lanes) == 1  # else one that is finished waits for the others
+                    due = time.monotonic() - lane.saved > checkpoint_seconds or (lane.finished and not alone)
+                    if lane.checkpoint and (stop or due):
+                        lane.save(lane.checkpoint, (time.monotonic() - begun) / len(jobs))
+                running = [lane for lane in running if not (lane.finished or (stop and lane in ended))]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # nothing is freed that a stream still works on
     for lane in lanes:
         if not lane.finished:
             raise KeyboardInterrupt(f"stopped after update {lane.step}, which is in {lane.checkpoint}")
@@ -169,15 +178,22 @@ def train_side_by_side(
 
 
 class _Randomness:
-    """torch's global generators in a state of their own inside a `with` block, and in the caller's after it."""
+    """torch's global generators in a state of their own inside a `with` block, and in the caller's after it.
+
+    A CUDA generator is exchanged as an object: a graph goes on drawing from the one that it was captured with. That of
+    another accelerator is seeded, and shared.
+    """
 
     def __init__(self, seed: int, device: torch.device):
+        self.cpu = torch.Generator().manual_seed(seed).get_state()
         self.cuda: Any = None  # torch.Generator
         if device.type == "cuda":
-            self.default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]  # fmt: skip
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.default: Any = torch.cuda.default_generators[index]
             self.cuda = self.default.clone_state()
             self.cuda.manual_seed(seed)
-        self.cpu = torch.Generator().manual_seed(seed).get_state()
+        elif device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
 
     def __enter__(self) -> None:
         self.outside = torch.get_rng_state()
@@ -193,31 +209,30 @@ class _Randomness:
             self.default.graphsafe_set_state(self.outside_cuda)
 
     def state(self) -> dict[str, Tensor | None]:
+        """Of the CPU's and the GPU's generator."""
         return {"cpu_generator": self.cpu, "cuda_generator": None if self.cuda is None else self.cuda.get_state()}
 
-    def restore(self, state: dict[str, Tensor | None]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Raises RuntimeError for what is no generator's state."""
-        if (cpu := state["cpu_generator"]) is not None:
-            self.cpu = torch.Generator().set_state(cpu.cpu()).get_state()
-        if self.cuda is not None and (cuda := state["cuda_generator"]) is not None:
-            self.cuda.set_state(cuda.cpu())
+        self.cpu = torch.Generator().set_state(state["cpu_generator"].cpu()).get_state()
+        if self.cuda is not None and state["cuda_generator"] is not None:
+            self.cuda.set_state(state["cuda_generator"].cpu())
 
 
 class _Lane:
     """A job under way: model, optimiser, random numbers, history.
 
     On a GPU, updates after the first few are replays of one CUDA graph: gathering the batch, forward and backward pass
-    and the optimiser's step, launched as a whole. It is used if an update neither waits for the device nor draws from
-    the CPU's generator, and if a replay does what the plain update does from the same state. Only the first update
-    then looks at the values of its batch.
+    and the optimiser's step, launched as a whole. That is done if an update neither waits for the device nor draws from
+    a generator of the CPU, and if the first replay does what the plain update does from the same state. Only the first
+    update then looks at the values of its batch.
     """
 
     def __init__(self, job: Job, data: PairedData, device: torch.device, capture: bool):
         self.job, self.data, self.labels, self.device = job, data, data.labels, device
         self.capture = capture and device.type == "cuda"
         self.model = job.model.to(device).train()
-        on_gpu = {"capturable": True} if device.type == "cuda" else {}
-        self.optimiser = torch.optim.Adam(self.model.parameters(), job.schedule.learning_rate, fused=True, **on_gpu)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), job.schedule.learning_rate, fused=True)
         self.random = _Randomness(job.seed, device)
         self.checkpoint = Path(job.directory) / "checkpoint.pt" if job.directory is not None else None
         self.about = {"schedule": asdict(job.schedule), "seed": job.seed, "identity": job.identity}
@@ -232,9 +247,13 @@ class _Lane:
         self.saved = time.monotonic()
         self.updates, self.ready = 0, False
         self.graph: Any = None  # torch.cuda.CUDAGraph
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream is not None:
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def on_stream(self) -> AbstractContextManager:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     @property
     def finished(self) -> bool:
@@ -247,7 +266,7 @@ class _Lane:
         """The next update; on a GPU it is only enqueued."""
         anneal = self.job.schedule.anneal_steps
         beta = min(1.0, (self.step + 1) / anneal) if anneal else 1.0
-        with torch.cuda.stream(self.stream):
+        with self.on_stream():
             rows = next(self.batches)
             if self.graph is not None:
                 logged = self._replay(rows, beta)
@@ -274,35 +293,52 @@ class _Lane:
         self.updates += 1
         if not (self.capture and self.updates == 2):
             return self._plain(rows, beta)
-        drawn = torch.get_rng_state()
-        with warnings.catch_warnings(record=True) as seen, _no_waiting("warn"):
-            warnings.simplefilter("always")
-            logged = self._plain(rows, beta)
-        waits = any("called a synchronizing" in str(warning.message) for warning in seen)
-        self.ready = not waits and torch.equal(torch.get_rng_state(), drawn)
+        drawn = _cpu_generators()
+        with _not_waiting() as waits:
+            logged = self._plain(rows, torch.full((), beta, device=self.device))
+        self.ready = not waits and drawn == _cpu_generators()
         return logged
 
     def _captured(self, rows: Tensor, beta: float) -> Logged:
-        """This update as the first replay of a graph, or, where that differs from the plain one, as the plain one."""
-        weights = [*self.model.parameters()]
-        changed = [*weights, *self.model.buffers()]
-        changed += [value for state in self.optimiser.state.values() for value in state.values()]
+        """This update as the first replay of a graph, or as the plain one where that fails or differs."""
+        weights, changed = list(self.model.parameters()), self._changed()
         start, drawn = [value.detach().clone() for value in changed], self.random.cuda.get_state()
         expected = self._plain(rows, beta)
-        plain = [value.detach().clone() for value in changed]
+        if len(self._changed()) > len(changed):  # state made inside a graph would be made anew by every replay
+            return expected
+        plain, then = [value.detach().clone() for value in changed], self.random.cuda.get_state()
         _copy(start, changed)
         self.random.cuda.set_state(drawn)
-        self.static_rows, self.static_beta = rows.clone(), torch.tensor(beta, device=self.device)
-        self.graph = torch.cuda.CUDAGraph()
-        with _no_waiting("error"), torch.cuda.graph(self.graph, stream=self.stream):
-            self.logged = self._plain(self.static_rows, self.static_beta)
-        logged = self._replay(rows, beta)
-        if torch.allclose(logged[1], expected[1], 1e-2, 1e-2) and same_update(weights, start, plain):
-            return logged
-        tqdm.write(f"{self.job.description}: updates stay plain; a captured one did something else.", file=sys.stderr)
+        self.static_rows, self.static_beta = rows.clone(), torch.full((), beta, device=self.device)
+        try:
+            self.graph = self._capture()
+            logged = self._replay(rows, beta)
+            if logged[0] == expected[0] and torch.allclose(logged[1], expected[1], 1e-2, 1e-2):
+                if same_update(weights, start, plain):
+                    return logged
+            why = "a replay does something else"
+        except (RuntimeError, DMVAEError) as error:
+            why = str(error).partition("\n")[0]
+        tqdm.write(f"{self.job.description}: updates are not captured as a graph ({why}).", file=sys.stderr)
         self.graph, self.ready = None, False
         _copy(plain, changed)
+        self.random.cuda.set_state(then)
         return expected
+
+    def _capture(self) -> Any:
+        graph, (group,) = torch.cuda.CUDAGraph(), self.optimiser.param_groups
+        group["capturable"] = True
+        try:
+            with torch.cuda.graph(graph, stream=self.stream), _not_waiting():
+                self.logged = self._plain(self.static_rows, self.static_beta)
+        finally:
+            group["capturable"] = False
+        return graph
+
+    def _changed(self) -> list[Tensor]:
+        """All that an update changes."""
+        state = [value for values in self.optimiser.state.values() for value in values.values()]
+        return [*self.model.parameters(), *self.model.buffers(), *state]
 
     def _replay(self, rows: Tensor, beta: float) -> Logged:
         self.static_rows.copy_(rows)
@@ -313,19 +349,17 @@ class _Lane:
 
     def end_row(self) -> None:
         """Turns the pending updates' terms into a row of the history, which waits for the device."""
-        with torch.cuda.stream(self.stream):
+        with self.on_stream():
             self.rows.append(_summary(self.pending, self.step))
         self.pending = []
 
     def save(self, path: Path, seconds: float) -> None:
-        with torch.cuda.stream(self.stream):
+        with self.on_stream():
             _save(path, self, self.before + seconds)
         self.saved = time.monotonic()
 
     def history(self, seconds: float) -> pd.DataFrame:
         """The table of all rows; the model is then ready to be used."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
         _check_weights(self.model, self.step)
         self.model.eval()
         self.optimiser.zero_grad(set_to_none=True)
@@ -340,6 +374,11 @@ def same_update(weights: Sequence[Tensor], start: Sequence[Tensor], plain: Seque
     return bool(apart <= 0.05**2 * way)
 
 
+def _cpu_generators() -> tuple:
+    """The states of all from which Python code may draw."""
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state(legacy=False))
+
+
 def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for value, target in zip(values, into):
@@ -347,13 +386,22 @@ def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _no_waiting(mode: str) -> Iterator[None]:
-    """Operations that wait for the GPU warn, or are errors; checks that would wait are left out."""
-    torch.cuda.set_sync_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def _not_waiting() -> Iterator[list[warnings.WarningMessage]]:
+    """Lists the warnings of operations that wait for the GPU; checks that would wait are left out."""
+    waits: list[warnings.WarningMessage] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in seen:
+        if "called a synchronizing" in str(warning.message):
+            waits.append(warning)
+        elif "prototype feature" not in str(warning.message):  # said of the mode itself
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @contextmanager

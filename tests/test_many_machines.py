@@ -130,7 +130,7 @@ def test_a_failure_names_its_item_and_the_others_finish(workers, place):
         ex.run_grid([ex.DMVAE_DIGITS], short, fail_with_seed_1, workers.scheduler_address)
     for part in ("2 of 4 runs", "dmvae, seed 1: step 3: not finite: kl.", "dmvae, seed 2: RuntimeError: out of memory"):
         assert part in str(error.value)
-    with patch.object(runs, "train", None):  # training again would fail
+    with patch.object(runs, "train_side_by_side", None):  # training again would fail
         assert [ex.run(ex.DMVAE_DIGITS, seed, short).info["config"]["seed"] for seed in (0, 3)] == [0, 3]
     with pytest.raises(DMVAEError, match="^dmvae, seed 1: step 3"):  # the same words without a cluster
         ex.run_grid([ex.DMVAE_DIGITS], short, fail_with_seed_1)
