@@ -107,7 +107,7 @@ def write_networks(folder: Path) -> str:
     (checkpoints / "resnet101.pth").rename(named)
     snapshot = folder / "hf" / "hub" / "models--google-bert--bert-base-uncased" / "snapshots" / BERT_REVISION
     tokenizer, _ = _small_bert()
-    config = BertConfig(len(tokenizer), num_hidden_layers=1)
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1)
     tokenizer.save_pretrained(snapshot)
     BertModel(config).save_pretrained(snapshot)
     return f"http://127.0.0.1:9/{named.name}"
