@@ -62,6 +62,17 @@ def neighbour_agreement(codes: dict[str, Tensor], labels: Tensor) -> float:
     return torch.cat(hits).double().mean().item()
 
 
+def mixing(codes: dict[str, Tensor]) -> float:
+    """How often a point's nearest neighbour (Euclidean) is of another modality; 0 where modalities lie apart.
+
+    codes: {name: (N, s)} in one space. Two modalities that are spread alike have about 0.5.
+    """
+    together = torch.cat(list(codes.values()))
+    modality = torch.arange(len(codes)).repeat_interleave(len(together) // len(codes))
+    distance = torch.cdist(together, together).fill_diagonal_(torch.inf)
+    return (modality[distance.argmin(1)] != modality).double().mean().item()
+
+
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Test accuracy of a logistic regression from standardised codes (N, d) to the class; chance if d = 0."""
     from sklearn.linear_model import LogisticRegression

@@ -24,6 +24,12 @@ def cross_coherence(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
+def chance(labels: Tensor) -> tuple[float, float]:
+    """What guessing scores in cross-coherence on labels (B,): by the classes' frequencies, and always the commonest."""
+    share = labels.bincount().double() / len(labels)
+    return share.square().sum().item(), share.max().item()
+
+
 def joint_coherence(*predicted: Tensor) -> float:
     """The share of jointly generated items on which the classifiers of all modalities agree (Table 1, "Joint").
 

@@ -40,7 +40,7 @@ def gallery(rows: Mapping[str, Tensor], title: str = "", width: float = 7.0) -> 
         ax.set_xticks([]), ax.set_yticks([])
         ax.grid(False)
         sns.despine(ax=ax, left=True, bottom=True)
-        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+        ax.set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize="small")
     if title:
         np.atleast_1d(axes)[0].set_title(title)
     figure.subplots_adjust(hspace=0.06)
@@ -55,7 +55,7 @@ def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure
             ax.plot(history.index, history[column], linestyle=dashes, label=column.split("/")[0])
         weighted = any(column.endswith("log_likelihood") for column in columns)
         ax.set(title=title, xlabel="updates", ylabel="nats per pair" + ", times λ" * weighted)
-        ax.legend(fontsize="x-small", frameon=False)
+        ax.legend(fontsize="x-small")
     figure.tight_layout()
     return figure
 
@@ -63,8 +63,13 @@ def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure
 MARKERS = {"mnist": "+", "svhn": "o"}  # the paper's Fig. 5
 
 
-def embedding(points: Mapping[str, np.ndarray], labels: np.ndarray, title: str = "") -> Figure:
-    """Fig. 5: 2-D points of each modality, {name: (N, 2)}, labels (N,): a marker a modality, a colour and a numeral a class."""
+def embedding(
+    points: Mapping[str, np.ndarray], labels: np.ndarray, titles: Mapping[str, str], title: str = ""
+) -> Figure:
+    """Fig. 5: 2-D points of each modality, {name: (N, 2)}, labels (N,): a marker a modality, a colour and a numeral a class.
+
+    A numeral stands where the points of its class, of whichever modality, lie densest. titles: {name: in the legend}.
+    """
     figure, ax = plt.subplots(figsize=(5.2, 5.2))
     colours = sns.color_palette("colorblind", 10)
     for name, xy in points.items():
@@ -77,12 +82,13 @@ def embedding(points: Mapping[str, np.ndarray], labels: np.ndarray, title: str =
             )
             ax.scatter(*chosen.T, s=28, marker=MARKERS[name], linewidths=1.0, **style)
     both = np.concatenate(list(points.values()))
-    for label in np.unique(labels):  # numerals at the class centres: readable without colour
-        centre = np.median(both[np.tile(labels, len(points)) == label], 0)
-        ax.text(*centre, str(label), fontsize=13, weight="bold", ha="center", va="center",
+    for label in np.unique(labels):  # readable without colour
+        own = both[np.tile(labels, len(points)) == label]
+        distances = np.sort(np.linalg.norm(own[:, None] - own, axis=-1), 1)
+        ax.text(*own[distances[:, :10].mean(1).argmin()], str(label), fontsize=13, weight="bold", ha="center", va="center",
                 bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
     handles = [
-        plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=n.upper())
+        plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=titles[n])
         for n in points
     ]
     ax.legend(handles=handles, loc="best", fontsize="small")
@@ -132,6 +138,7 @@ def retrieved_images(lines: Sequence[tuple[str, Sequence[tuple[np.ndarray, bool 
 def _headings(axes: np.ndarray, columns: int) -> None:
     for ax in axes.flat:
         ax.axis("off")
+        ax.set_anchor("N")
     for ax, title in zip(axes[0], ["Query", *(f"Rank {i + 1}" for i in range(columns))]):
         ax.set_title(title, fontsize=9)
 
@@ -155,6 +162,45 @@ def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
             ax.text(0, y, text, family="monospace", fontsize=size, color=colour, transform=ax.transAxes, va="top")
 
 
+def bars_beside_paper(table: pd.DataFrame, measures: Sequence[str], chance: float) -> Figure:
+    """`report.compare`'s rows as bars, a panel per measure, the paper's numbers as open circles; chance in percent."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(4 * len(measures), 3), sharey=True)
+    for ax, measure in zip(axes, measures):
+        part = table.xs(measure, level="measure")
+        y = np.arange(len(part))
+        ax.barh(y, part["mean"], xerr=part["sd"].fillna(0), color="C0", alpha=0.75, label="here, ± sd over seeds")
+        ax.scatter(part["paper"], y, facecolors="none", edgecolors="black", zorder=3, label="paper (MNIST–SVHN)")
+        ax.axvline(chance, color="0.3", linestyle="--", linewidth=1, label="guessing by the digits' frequencies")
+        ax.set(title=measure, xlim=(0, 100), xlabel="percent", yticks=y, yticklabels=part.index)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="x-small", ncols=3, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]) -> Figure:
+    """{title: {row: (share, (low, high))}}: a panel each, a dot in its interval for every row, in percent."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True)
+    for ax, (title, rows) in zip(axes, panels.items()):
+        for y, (share, interval) in enumerate(rows.values()):
+            ax.plot([100 * end for end in interval], [y, y], color="C0", linewidth=2)
+            ax.plot(100 * share, y, "o", color="C0")
+        ax.set(title=title, xlabel="percent", xlim=(0, 100), yticks=range(len(rows)), yticklabels=list(rows))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def learning_curve(curve: pd.DataFrame) -> Figure:
+    """A line for each column, in percent, against the index, numbers of training images, on a logarithmic axis."""
+    figure, ax = plt.subplots(figsize=(4.5, 3))
+    curve.plot(ax=ax, marker="o", logx=True, ylim=(0, 100), ylabel="percent")
+    ax.set_xticks(curve.index, [f"{n:,}" for n in curve.index], minor=False)
+    ax.xaxis.minorticks_off()
+    figure.tight_layout()
+    return figure
+
+
 def benchmark_bars(table: pd.DataFrame) -> Figure:
     """`benchmark.measure`'s pairs per second as bars, each with its share of the machine's matrix-product rate."""
     figure, ax = plt.subplots(figsize=(6.0, 0.6 * len(table) + 1.1))
@@ -163,6 +209,7 @@ def benchmark_bars(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="pairs per second (label: share of the matrix-product rate)")
     ax.invert_yaxis()
     ax.margins(x=0.12)
+    ax.grid(False)
     sns.despine(ax=ax, left=True)
     figure.tight_layout()
     return figure

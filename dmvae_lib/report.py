@@ -46,7 +46,8 @@ def compare(
     """Long table of measured shares beside the paper's percentages.
 
     values: {row: [{measure: share in [0, 1]} for every seed]}; paper: {row: {measure: percent}}, rows may be absent.
-    Columns, in percent: mean, sd (over seeds; missing with one), seeds, paper, difference (mean - paper).
+    Columns, in percent: mean, sd (over seeds; missing with one), seeds, paper, difference (mean - paper), and each
+    seed's own number, as text.
     """
     records = []
     for row, seeds in values.items():
@@ -55,8 +56,11 @@ def compare(
             mean = statistics.fmean(percents)
             sd = statistics.stdev(percents) if len(percents) > 1 else float("nan")
             published = paper.get(row, {}).get(measure, float("nan"))
-            records.append((row, MEASURES.get(measure, measure), mean, sd, len(seeds), published, mean - published))
-    columns = ["row", "measure", "mean", "sd", "seeds", "paper", "difference"]
+            each = " ".join(f"{percent:.2f}" for percent in percents)
+            records.append(
+                (row, MEASURES.get(measure, measure), mean, sd, len(seeds), published, mean - published, each)
+            )
+    columns = ["row", "measure", "mean", "sd", "seeds", "paper", "difference", "each"]
     return pd.DataFrame(records, columns=columns).set_index(["row", "measure"])
 
 
