@@ -1,8 +1,9 @@
-"""`make growth`: time per update and peak memory against pairs, batch size, particles and modalities."""
+"""`make growth`: time per update and peak memory against pairs, batch size, seeds, particles and modalities."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -29,22 +30,25 @@ from dmvae_lib.models import DMVAE, Modality, MultimodalVAE
 from dmvae_lib.profiles import Profile, get_profile
 from dmvae_lib.report import Results
 from dmvae_lib.runs import command_line, setting
-from dmvae_lib.training import Schedule, resolve_device, train
+from dmvae_lib.training import Job, Schedule, resolve_device, train_side_by_side
 
 ITEMS = 8_000  # per modality; random pixels, since what they show does not matter here
 AXES = {  # {against: values}
     "pairs": tuple(ITEMS * pairings for pairings in (1, 6, 35, 210)),  # the paper has 1.68 million
     "batch size": (25, 50, 100, 200),
+    "seeds side by side": (1, 2, 3, 5),
     "particles": (1, 3, 10, 30),
     "modalities": (1, 2, 3, 5),
 }
 WORK = {  # {against: (how the work of an update grows, in words)}
     "pairs": (lambda x: 1, "flat"),
     "batch size": (lambda x: x, "∝ B"),
+    "seeds side by side": (lambda x: x, "∝ seeds"),
     "particles": (lambda x: x, "∝ K"),
     "modalities": (lambda x: x * (x + 1), "∝ N (N + 1)"),
 }
 ROUNDS, STRETCH = 3, 0.5  # how often, and for about how many seconds, updates are timed
+FIRST = {"cuda": 4}  # updates after which all are alike: on a GPU those that come before its graph is replayed
 
 
 def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, PairedData, Schedule]:
@@ -78,18 +82,20 @@ def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, Pai
 def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
     """One point, to be measured in a process of its own: ms per update, and MB at the peak above the start's.
 
-    Only updates count: the time of one alone, with all that comes before the first, is taken off that of several, both
-    the medians of ROUNDS measurements in turn.
+    Only updates count: the time of the first, with all that comes before it, is taken off that of several, both the
+    medians of ROUNDS measurements in turn. Side by side, an update is one of every seed.
     """
-    start = _peak(device)
+    start, first = _peak(device), FIRST.get(device.type, 1)
     model, data, plan = case(against, value, profile)
+    models = [model, *(copy.deepcopy(model) for _ in range(1, value if against == "seeds side by side" else 1))]
 
     def updates(n: int) -> float:
-        return seconds(lambda: train(model, data, replace(plan, steps=n), device=device), device)
+        jobs = [Job(made, data, replace(plan, steps=n), seed) for seed, made in enumerate(models)]
+        return seconds(lambda: train_side_by_side(jobs, device), device)
 
-    updates(1)  # warm: allocations, choice of kernels
-    n = round(min(50, max(2, STRETCH / updates(1))))
-    alone, several = zip(*((updates(1), updates(n + 1)) for _ in range(ROUNDS)))
+    updates(first)  # warm: allocations, choice of kernels
+    n = round(min(50, max(2, STRETCH / updates(first))))
+    alone, several = zip(*((updates(first), updates(first + n)) for _ in range(ROUNDS)))
     per_update = (statistics.median(several) - statistics.median(alone)) / n
     return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
 

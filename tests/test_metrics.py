@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dmvae_lib import DMVAEError
-from dmvae_lib.metrics import average_precision_at_k, cross_coherence, joint_coherence, rank1
+from dmvae_lib.analysis import mixing, neighbour_agreement
+from dmvae_lib.metrics import average_precision_at_k, chance, cross_coherence, joint_coherence, rank1
 from dmvae_lib.models import matching_loss
 
 X, Y = [1.0, 0.0], [0.0, 1.0]
@@ -17,6 +18,18 @@ def tensors(*values):
 
 
 # --- coherence ------------------------------------------------------------------------------------------------------
+
+
+def test_chance_by_frequencies_and_by_the_commonest_class():
+    (labels,) = tensors([3, 3, 1, 0])
+    assert chance(labels) == (0.375, 0.5)
+
+
+def test_neighbours_of_modalities_that_lie_in_one_another_and_apart():
+    a, near, far = tensors([[0.0], [10.0], [20.0]], [[0.1], [10.1], [20.1]], [[100.0], [101.0], [102.0]])
+    assert mixing({"a": a, "b": near}) == 1 and mixing({"a": a, "b": far}) == 0
+    a, b, labels = tensors([[0.0], [10.0], [1.0]], [[0.0], [10.0], [1.2]], [0, 1, 0])
+    assert neighbour_agreement({"a": a, "b": b}, labels) == pytest.approx(4 / 6)  # the paired item is passed over
 
 
 def test_cross_coherence_is_the_share_of_agreement_with_the_labels():
