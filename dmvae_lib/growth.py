@@ -78,7 +78,8 @@ def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, Pai
 def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
     """One point, to be measured in a process of its own: ms per update, and MB at the peak above the start's.
 
-    Only updates count: the time of one alone, with all that comes before the first, is taken off that of several.
+    Only updates count: the time of one alone, with all that comes before the first, is taken off that of several, both
+    the medians of ROUNDS measurements in turn.
     """
     start = _peak(device)
     model, data, plan = case(against, value, profile)
@@ -87,9 +88,9 @@ def point(against: str, value: int, profile: Profile, device: torch.device) -> d
         return seconds(lambda: train(model, data, replace(plan, steps=n), device=device), device)
 
     updates(1)  # warm: allocations, choice of kernels
-    alone = updates(1)
-    n = round(min(50, max(1, STRETCH / alone)))
-    per_update = statistics.median(updates(n + 1) - alone for _ in range(ROUNDS)) / n
+    n = round(min(50, max(2, STRETCH / updates(1))))
+    alone, several = zip(*((updates(1), updates(n + 1)) for _ in range(ROUNDS)))
+    per_update = (statistics.median(several) - statistics.median(alone)) / n
     return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
 
 
