@@ -130,10 +130,7 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
     if keeps:
         index(place.results.parent)
         readme_tables(project_folder() / "README.md", place.results.parent)
-        shown = (
-            "a rehearsal's, which no page shows" if "@" in place.profile.name else "results/README.md shows them all"
-        )
-        print(f"Results are in {os.path.relpath(place.results)}; {shown}.")
+        print(f"Results are in {os.path.relpath(place.results)}; results/README.md shows those of all whole profiles.")
     else:
         print(
             f"Profile {place.profile.name} keeps no results; the executed notebooks are in {os.path.relpath(executed)}."
