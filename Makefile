@@ -1,5 +1,5 @@
 # make            explains every target
-# Variables: PROFILE=quick|subset|paper  SEEDS=1  DEVICE=auto|cpu|cuda  DATA=data  SCHEDULER=tcp://…|local:4  PYTHON=python3
+# Variables: PROFILE=quick|subset|paper  SEEDS=1  DEVICE=auto|cpu|cuda  DATA=data  SCHEDULER=auto|none|local:4|tcp://…  PYTHON=python3
 
 PROFILE ?= quick
 SEEDS   ?= 1

@@ -18,12 +18,14 @@ from uuid import uuid4
 from tqdm.auto import tqdm
 
 from dmvae_lib.errors import DMVAEError
+from dmvae_lib.training import resolve_device
 
 if TYPE_CHECKING:
     from dmvae_lib.runs import Item
 
 CONNECT_SECONDS = 8.0
 VISIBLE_SECONDS = 90.0  # network file systems show another machine's new files late, by a minute at most
+WORKER_BYTES = 4e9  # of memory, which no run of any profile exceeds
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "scipy")  # what a result may depend on
 
 
@@ -72,6 +74,16 @@ def train(items: Sequence[Item], scheduler: str) -> None:
             f"{len(failures)} of {len(items)} runs failed on {scheduler}, the others are in runs/:\n"
             + "\n".join(failures)
         )
+
+
+def local(device: str) -> str | None:
+    """The scheduler that makes the most of this machine: local:N on a CPU, N cores training a run each, which is faster
+    than all cores on one run; None, one process, for a GPU or a single core, and where memory has room for one run."""
+    from dask.system import CPU_COUNT  # of this container
+    from distributed.system import MEMORY_LIMIT
+
+    n = int(min(CPU_COUNT, MEMORY_LIMIT / WORKER_BYTES))
+    return f"local:{n}" if n > 1 and resolve_device(device).type == "cpu" else None
 
 
 def connect(scheduler: str):

@@ -95,7 +95,9 @@ def reproduce(options: argparse.Namespace) -> None:
 
 
 def train_all(place: Setting, scheduler: str | None) -> None:
-    """Every run that a notebook shows; scheduler: on many machines (`cluster.train`)."""
+    """Every run that a notebook shows; scheduler: as of `cluster.train`, "auto" (`cluster.local`), or None: one process."""
+    if scheduler == "auto":
+        scheduler = cluster.local(place.device)
     if scheduler:
         cluster.connect(scheduler).close()
     flower_data(place), place.digits  # first what may be missing, then what takes long
@@ -140,7 +142,10 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = command_line(__doc__, *OPTIONS)
     parser.add_argument(
-        "--scheduler", help="train on Dask's workers: tcp://host:8786, or local:4 for four processes here"
+        "--scheduler",
+        default="auto",
+        type=lambda word: None if word == "none" else word,
+        help="who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto",
     )
     parser.add_argument(
         "--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/"
@@ -152,7 +157,7 @@ def main() -> None:
         if options.prepare:
             prepare(options.prepare)
         elif options.in_place:
-            reproduce(argparse.Namespace(**DEFAULTS, scheduler=None))
+            reproduce(argparse.Namespace(**DEFAULTS, scheduler="auto"))
             for source in notebooks():
                 with atomic_write(source) as temporary:
                     shutil.copyfile(project_folder() / "results" / "quick" / "notebooks" / source.name, temporary)
