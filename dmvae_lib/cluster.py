@@ -13,6 +13,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 from uuid import uuid4
 
 from tqdm.auto import tqdm
@@ -48,7 +49,10 @@ def train(items: Sequence[Item], scheduler: str) -> None:
         from cloudpickle import dumps  # distributed's; takes a notebook's own functions too
 
         common = {"expected": environment(), "pure": False}
-        waiting = {client.submit(_work, dumps(item), key=f"{item} {uuid4()}", **common): item for item in items}
+        waiting = {  # a higher priority comes first
+            client.submit(_work, dumps(item), key=f"{item} {uuid4()}", priority=-place, **common): item
+            for place, item in enumerate(items)
+        }
         failures = []
         try:
             while waiting:
@@ -89,6 +93,7 @@ def local(device: str) -> str | None:
 def connect(scheduler: str):
     """A `distributed.Client` of the scheduler, to be closed. Raises DMVAEError where none answers."""
     try:
+        import dask
         from distributed import Client
     except ImportError:
         raise DMVAEError(
@@ -103,7 +108,9 @@ def connect(scheduler: str):
             threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
             environ = {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}  # the workers' own bars would cover the grid's
             local = {"n_workers": n, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}
-            return Client(**local, env=environ, set_as_default=False)
+            # distributed sets them in this process too, and only so early do they reach torch and tqdm in the others
+            with patch.dict(os.environ), dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
+                return Client(**local, set_as_default=False)
         return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise DMVAEError(

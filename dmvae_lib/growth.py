@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from tqdm.auto import tqdm
 
 from dmvae_lib import networks, plots  # noqa: F401 (plots sets the style of all figures)
-from dmvae_lib.benchmark import seconds
+from dmvae_lib.benchmark import FIRST, seconds_per_update, where
 from dmvae_lib.data.digits import SHAPES
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
@@ -48,7 +48,6 @@ WORK = {  # {against: (how the work of an update grows, in words)}
     "modalities": (lambda x: x * (x + 1), "∝ N (N + 1)"),
 }
 ROUNDS, STRETCH = 3, 0.5  # how often, and for about how many seconds, updates are timed
-FIRST = {"cuda": 4}  # updates after which all are alike: on a GPU those that come before its graph is replayed
 
 
 def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, PairedData, Schedule]:
@@ -82,21 +81,19 @@ def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, Pai
 def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
     """One point, to be measured in a process of its own: ms per update, and MB at the peak above the start's.
 
-    Only updates count: the time of the first, with all that comes before it, is taken off that of several, both the
-    medians of ROUNDS measurements in turn. Side by side, an update is one of every seed.
+    The time is the median of ROUNDS measurements. Side by side, an update is one of every seed.
     """
-    start, first = _peak(device), FIRST.get(device.type, 1)
+    start = _peak(device)
     model, data, plan = case(against, value, profile)
     models = [model, *(copy.deepcopy(model) for _ in range(1, value if against == "seeds side by side" else 1))]
 
-    def updates(n: int) -> float:
+    def updates(n: int) -> None:
         jobs = [Job(made, data, replace(plan, steps=n), seed) for seed, made in enumerate(models)]
-        return seconds(lambda: train_side_by_side(jobs, device), device)
+        train_side_by_side(jobs, device)
 
-    updates(first)  # warm: allocations, choice of kernels
-    n = round(min(50, max(2, STRETCH / updates(first))))
-    alone, several = zip(*((updates(first), updates(first + n)) for _ in range(ROUNDS)))
-    per_update = (statistics.median(several) - statistics.median(alone)) / n
+    updates(FIRST.get(device.type, 1))  # warm: allocations, choice of kernels
+    n = round(min(50, max(2, STRETCH / max(1e-3, seconds_per_update(updates, 2, device)))))
+    per_update = statistics.median(seconds_per_update(updates, n, device) for _ in range(ROUNDS))
     return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
 
 
@@ -164,9 +161,8 @@ def main() -> None:
         table = measure(options.profile, options.device)
     except DMVAEError as error:
         sys.exit(f"\n{error}")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     caption = (
-        f"Growth of one update's time and of the memory at its peak, data included, on {where}: DMVAE, MMVAE for the "
+        f"Growth of one update's time and of the memory at its peak, data included, on {where(device)}: DMVAE, MMVAE for the "
         "particles (whose batch goes through in chunks), N modalities of SVHN's shape. Dashed: the growth of the work,"
         " N (N + 1) reconstructions in Eq. 3."
     )

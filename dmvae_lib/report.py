@@ -140,11 +140,11 @@ class Results:
         self._keep(name, caption, runs, {suffix: _text_writer(text) for suffix, text in texts.items()})
         return frame
 
-    def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run] = ()) -> Figure:
-        """name.png (300 dpi) and name.pdf (vectors); returns the figure."""
+    def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run] = (), dpi: int = 300) -> Figure:
+        """name.png and name.pdf (vectors); returns the figure."""
         caption = f"{caption} Profile {self.setting.profile.name}."
         writers = {
-            "png": lambda path: figure.savefig(path, dpi=300, bbox_inches="tight"),
+            "png": lambda path: figure.savefig(path, dpi=dpi, bbox_inches="tight"),
             "pdf": lambda path: figure.savefig(path, bbox_inches="tight", metadata={"CreationDate": None}),
         }
         self._keep(name, caption, runs, writers)
