@@ -119,6 +119,7 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
     keeps = place.profile.writes_results
     executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
     remove_leftovers(executed)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))  # of each kernel
     with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
         waiting = {pool.submit(execute, path, executed / path.name, parameters): path.stem for path in notebooks()}
         try:
