@@ -98,7 +98,7 @@ def train_all(place: Setting, scheduler: str | None) -> None:
     """Every run that a notebook shows; scheduler: as of `cluster.train`, "auto" (`cluster.local`), or None: one process."""
     if scheduler == "auto":
         scheduler = cluster.local(place.device)
-    if scheduler:
+    if scheduler and not scheduler.startswith("local:"):
         cluster.connect(scheduler).close()
     flower_data(place), place.digits  # first what may be missing, then what takes long
     items = [
@@ -108,11 +108,15 @@ def train_all(place: Setting, scheduler: str | None) -> None:
         *learning_curve(place).values(),
         *grid(FLOWERS, place, flower_training),
     ]
-    run_items(list({str(item): item for item in items}.values()), scheduler, place.together)
+    items = list({str(item): item for item in items}.values())
+    if scheduler:
+        cluster.train(items, scheduler)
+    else:
+        run_items(items, together=place.together)
 
 
 def execute_all(place: Setting, options: argparse.Namespace) -> None:
-    """Every notebook in order, then the pages that show what they made."""
+    """Every notebook, then the pages that show what they made."""
     # A notebook's own defaults need no parameters cell from outside: so run, it is the notebook as it is committed.
     chosen = {name: getattr(options, name) for name in DEFAULTS}
     parameters = {name: value for name, value in chosen.items() if value != DEFAULTS[name]}
@@ -121,7 +125,9 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
     remove_leftovers(executed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))  # of each kernel
     with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
-        waiting = {pool.submit(execute, path, executed / path.name, parameters): path.stem for path in notebooks()}
+        waiting = {  # the last ones train models of their own: first what takes long
+            pool.submit(execute, path, executed / path.name, parameters): path.stem for path in reversed(notebooks())
+        }
         try:
             for done in as_completed(waiting):
                 bar.set_postfix_str(waiting[done])
