@@ -7,6 +7,10 @@ DEVICE  ?= auto
 DATA    ?= data
 PYTHON  ?= python3
 
+# glibc then keeps the memory of large tensors for the next update instead of giving it back after each
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+
 VENV := .venv
 BIN  := $(VENV)/bin
 READY := $(VENV)/ready

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dmvae_lib.errors import DMVAEError
 
@@ -28,6 +30,43 @@ def initialise(network: nn.Module) -> nn.Module:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return network
+
+
+class Upsampling(nn.ConvTranspose2d):
+    """The transposed convolution (B, i, H, W) -> (B, o, 2 H, 2 W) with a 4 x 4 kernel, made for few channels o.
+
+    A CPU's kernels compute it at a tenth of their rate. There it is an ordinary convolution to the 2 x 2 pixels that
+    each pixel becomes, in half the time; its gradients are the transposed convolution's.
+    """
+
+    def __init__(self, i: int, o: int, bias: bool = True):
+        super().__init__(i, o, 4, 2, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if x.device.type != "cpu":
+            return super().forward(x)
+        y = _Upsample.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+class _Upsample(torch.autograd.Function):
+    # Output pixel 2 i + r takes x[j] w[k] with 2 j + k - 1 = 2 i + r, so j = i - 1, i, i + 1 by k = r + 3, r + 1, r - 1.
+    # The places of these in the kernel padded by one zero at either end:
+    TAPS = torch.tensor([[4, 2, 0], [5, 3, 1]])
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        taps = F.pad(weight, (1, 1, 1, 1))[:, :, _Upsample.TAPS][..., _Upsample.TAPS]  # (i, o, r, 3, s, 3)
+        kernel = taps.permute(1, 2, 4, 0, 3, 5).reshape(-1, len(weight), 3, 3)
+        return F.pixel_shuffle(F.conv2d(x, kernel, padding=1), 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        mask = [*ctx.needs_input_grad, False]  # of x, weight and a bias
+        sizes = [2, 2], [1, 1], [1, 1], True, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+        return torch.ops.aten.convolution_backward(gradient, *ctx.saved_tensors, None, *sizes, mask)[:2]
 
 
 def mnist_encoder(private_dim: int, shared_dim: int, hidden: int = 256) -> nn.Module:
@@ -59,9 +98,10 @@ def svhn_decoder(private_dim: int, shared_dim: int, width: float = 1.0) -> nn.Mo
     channels = [*(round(width * c) for c in (256, 128, 64, 32)), 3]
     layers: list[nn.Module] = [nn.Linear(private_dim + shared_dim, 4 * channels[0]), nn.ReLU()]
     layers += [nn.Unflatten(1, (channels[0], 2, 2))]
-    for i, o in zip(channels, channels[1:]):
+    for i, o in zip(channels[:-1], channels[1:-1]):
         layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.ReLU()]
-    return initialise(nn.Sequential(*layers[:-1])).to(memory_format=torch.channels_last)
+    layers += [Upsampling(channels[-2], 3, bias=False)]
+    return initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
 
 
 def mmvae_svhn_encoder(latent_dim: int, width: float = 1.0) -> nn.Module:
@@ -77,8 +117,9 @@ def mmvae_svhn_decoder(latent_dim: int, width: float = 1.0) -> nn.Module:
     """MMVAE's mirror image: z -> (128, 4, 4) -> transposed convolutions 64-32-3 -> means in [0, 1]."""
     channels = [*(round(width * c) for c in (128, 64, 32)), 3]
     layers: list[nn.Module] = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, channels[0], 4)]
-    for i, o in zip(channels, channels[1:]):
+    for i, o in zip(channels[:-1], channels[1:-1]):
         layers += [nn.ReLU(), nn.ConvTranspose2d(i, o, 4, 2, 1)]
+    layers += [nn.ReLU(), Upsampling(channels[-2], 3)]
     return initialise(nn.Sequential(*layers, nn.Sigmoid()))
 
 

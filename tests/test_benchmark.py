@@ -43,3 +43,17 @@ def test_the_table_compares_every_contestant_with_the_machine():
     expected = table["GFLOP/s"] / table.attrs["matmul GFLOP/s"]
     assert (table["share of matmul rate"] / expected).tolist() == pytest.approx([1, 1])
     assert table["pairs per second"].min() > 0
+
+
+def test_what_comes_before_the_first_update_is_not_its_time(monkeypatch):
+    monkeypatch.setattr(benchmark, "seconds", lambda work, device: work())
+    assert benchmark.seconds_per_update(lambda n: 7 + 0.5 * n, 10, torch.device("cpu")) == 0.5
+
+
+def test_side_by_side_an_update_is_one_of_one_seed(monkeypatch):
+    trained = []
+    monkeypatch.setattr(benchmark, "train_side_by_side", lambda jobs, device: trained.append(jobs))
+    monkeypatch.setattr(benchmark, "seconds_per_update", lambda updates, n, device: updates(n) or 5.0)
+    (contestant,) = benchmark.ON_A_GPU.values()
+    assert contestant(*tiny(), 5, torch.device("cpu"))() == 1
+    assert {job.seed for job in trained[0]} == set(range(5)) == set(range(len({id(job.model) for job in trained[0]})))

@@ -8,7 +8,7 @@ from torch import nn
 
 from dmvae_lib import DMVAE, DiagonalGaussian, DMVAEError, Modality, product_of_experts
 from dmvae_lib.distributions import Likelihood
-from dmvae_lib.networks import mnist_decoder, mnist_encoder, svhn_decoder, svhn_encoder
+from dmvae_lib.networks import Upsampling, mnist_decoder, mnist_encoder, svhn_decoder, svhn_encoder
 
 PRIVATE_LOGVAR, SHARED_LOGVAR = -1.0, -0.5
 
@@ -279,3 +279,18 @@ def test_gaussian_modality_takes_any_finite_values():
     model = linear_model(["one"])
     model.infer({"one": torch.tensor([[-100.0], [100.0]], dtype=torch.float64)})
     assert isinstance(model.infer({"one": torch.ones(1, 1, dtype=torch.float64)}).joint, DiagonalGaussian)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_upsampling_is_the_transposed_convolution(bias):
+    torch.manual_seed(0)
+    ours = Upsampling(5, 3, bias).double()
+    reference = nn.ConvTranspose2d(5, 3, 4, 2, 1, bias=bias).double()
+    reference.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
+    made, expected = ours(x), reference(x)
+    torch.testing.assert_close(made, expected)
+    arbitrary = torch.randn_like(made)
+    gradients = torch.autograd.grad(made, [x, *ours.parameters()], arbitrary)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, [x, *reference.parameters()], arbitrary))
+    assert torch.autograd.gradcheck(ours, x)

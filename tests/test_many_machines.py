@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -149,6 +150,50 @@ def test_a_worker_of_several_threads_is_refused(place):
     options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with distributed.LocalCluster(**options) as started, pytest.raises(DMVAEError, match="2 threads.*--nthreads 1"):
         ex.run_grid([ex.DMVAE_DIGITS], place, scheduler=started.scheduler_address)
+
+
+@pytest.mark.parametrize(
+    "cores, memory, device, chosen",
+    [
+        (8, 64e9, "cpu", "local:8"),
+        (8, 9e9, "cpu", "local:2"),
+        (8, 5e9, "cpu", None),
+        (1, 64e9, "cpu", None),
+        (8, 64e9, "cuda", None),
+    ],
+)
+def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, cores, memory, device, chosen):
+    monkeypatch.setattr("dask.system.CPU_COUNT", cores)
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", memory)
+    monkeypatch.setattr(cluster, "resolve_device", torch.device)
+    assert cluster.local(device) == chosen
+
+
+def test_workers_of_this_machine_share_its_cores_and_leave_its_environment_alone(monkeypatch):
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with cluster.connect("local:2") as client:
+        found = client.run(lambda: (torch.get_num_threads(), os.environ["TQDM_DISABLE"]))
+    assert list(found.values()) == [(3, "1")] * 2 and dict(os.environ) == before
+
+
+def test_items_are_trained_in_their_order(tmp_path):
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        def __str__(self):
+            return self.name
+
+        def run(self):
+            write(tmp_path / "order", self.name)
+            (tmp_path / "run.json").touch()
+            return SimpleNamespace(folder=tmp_path)
+
+    names = list("hbgcafed")
+    cluster.train([Noted(name) for name in names], "local:1")
+    assert (tmp_path / "order").read_text().split() == names
 
 
 def test_a_scheduler_that_does_not_answer(place, monkeypatch):
