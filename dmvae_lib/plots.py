@@ -91,7 +91,7 @@ def embedding(
         plt.Line2D([], [], color="0.3", marker=MARKERS[n], linestyle="", markerfacecolor="none", label=titles[n])
         for n in points
     ]
-    ax.legend(handles=handles, loc="best", fontsize="small")
+    ax.legend(handles=handles, fontsize="small", ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
     ax.set(xticks=[], yticks=[], title=title)
     return figure
 
