@@ -171,7 +171,8 @@ def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, c
 
 def test_workers_of_this_machine_share_its_cores_and_leave_its_environment_alone(monkeypatch):
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 6)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the workers above have left theirs
+        monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     with cluster.connect("local:2") as client:
         found = client.run(lambda: (torch.get_num_threads(), os.environ["TQDM_DISABLE"]))
