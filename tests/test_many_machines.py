@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAEError, cluster, runs
 from dmvae_lib import experiments as ex
@@ -171,12 +172,11 @@ def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, c
 
 def test_workers_of_this_machine_share_its_cores_and_leave_its_environment_alone(monkeypatch):
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 6)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the workers above have left theirs
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
     with cluster.connect("local:2") as client:
-        found = client.run(lambda: (torch.get_num_threads(), os.environ["TQDM_DISABLE"]))
-    assert list(found.values()) == [(3, "1")] * 2 and dict(os.environ) == before
+        found = client.run(lambda: (os.environ["OMP_NUM_THREADS"], tqdm([]).disable))
+    assert list(found.values()) == [("3", True)] * 2 and dict(os.environ) == before
 
 
 def test_items_are_trained_in_their_order(tmp_path):
