@@ -172,6 +172,8 @@ def main() -> None:
             reproduce(options)
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; the same command goes on from here.")
 
 
 if __name__ == "__main__":
