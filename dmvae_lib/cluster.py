@@ -7,7 +7,7 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import lru_cache
 from importlib.metadata import version
@@ -56,7 +56,7 @@ def train(items: Sequence[Item], scheduler: str) -> None:
         failures = []
         try:
             while waiting:
-                bar.set_postfix_str(f"{len(client.nthreads())} workers")
+                bar.set_postfix_str(_at_work(client.processing()))
                 for future in [future for future in waiting if future.done()]:
                     item = waiting.pop(future)
                     if future.status == "cancelled":
@@ -148,6 +148,12 @@ def _work(pickled: bytes, expected: dict[str, str]) -> str:
             "start it again."
         )
     return str(pickle.loads(pickled).run().folder)
+
+
+def _at_work(processing: Mapping[str, Sequence[str]]) -> str:
+    """How many workers there are, and what the first of them train; a task's key is its item and a random part."""
+    names = [keys[0].rsplit(" ", 1)[0] for keys in processing.values() if keys]
+    return f"{len(processing)} workers" + (": " if names else "") + "; ".join(names[:3])
 
 
 def _failure(item: Item, error: BaseException) -> str:

@@ -197,6 +197,16 @@ def test_items_are_trained_in_their_order(tmp_path):
     assert (tmp_path / "order").read_text().split() == names
 
 
+def test_the_bar_says_what_is_trained():
+    processing = {
+        "tcp://a": ("dmvae, seed 0 6f-1", "mvae, seed 1 6f-2"),
+        "tcp://b": (),
+        "tcp://c": ("mmvae, seed 2 6f-3",),
+    }
+    assert cluster._at_work(processing) == "3 workers: dmvae, seed 0; mmvae, seed 2"
+    assert cluster._at_work({}) == "0 workers"
+
+
 def test_a_scheduler_that_does_not_answer(place, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
     for address in ("tcp://127.0.0.1:9", "nonsense", "local:many", "local:0", "local:-1"):
