@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 8.0
 VISIBLE_SECONDS = 90.0  # network file systems show another machine's new files late, by a minute at most
-WORKER_BYTES = 4e9  # of memory, which no run of any profile exceeds
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "scipy")  # what a result may depend on
 
 
@@ -80,13 +79,16 @@ def train(items: Sequence[Item], scheduler: str) -> None:
         )
 
 
-def local(device: str) -> str | None:
+def local(device: str, gigabytes: float) -> str | None:
     """The scheduler that makes the most of this machine: local:N on a CPU, N cores training a run each, which is faster
-    than all cores on one run; None, one process, for a GPU or a single core, and where memory has room for one run."""
+    than all cores on one run; None, one process, for a GPU or a single core, and where memory has room for one run only.
+
+    gigabytes: of memory that a process needs.
+    """
     from dask.system import CPU_COUNT  # of this container
     from distributed.system import MEMORY_LIMIT
 
-    n = int(min(CPU_COUNT, MEMORY_LIMIT / WORKER_BYTES))
+    n = int(min(CPU_COUNT, MEMORY_LIMIT / (gigabytes * 1e9)))
     return f"local:{n}" if n > 1 and resolve_device(device).type == "cpu" else None
 
 

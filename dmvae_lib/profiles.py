@@ -20,7 +20,7 @@ class Profile:
     flower_matching: lambda of Eq. 3 for image and text and the weight of Eq. 4, which the paper does not give (chosen
     on the validation classes of the embedded flowers, in subset and paper on those of Oxford-102); learning_curve:
     numbers of SVHN training images to train DMVAE on, beside all; writes_results: whether artefacts go to
-    results/<profile>/.
+    results/<profile>/; gigabytes: of memory that a process needs, the data included.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Profile:
     permutations: int = 30
     learning_curve: tuple[int, ...] = ()
     writes_results: bool = True
+    gigabytes: float = 2.0
 
 
 QUICK = Profile(  # its weights were chosen on the validation split of the embedded digits, its budget by the clock
@@ -95,6 +96,7 @@ PROFILES = {
             flower_weights=(0.1, 0.1),
             flower_matching=100.0,
             learning_curve=(1_000, 2_000, 4_000),
+            gigabytes=4.0,
         ),
         Profile(
             name="paper",
@@ -111,6 +113,7 @@ PROFILES = {
             flower_hidden=512,
             flower_weights=(0.1, 0.1),
             flower_matching=100.0,
+            gigabytes=8.0,
         ),
     )
 }

@@ -97,7 +97,7 @@ def reproduce(options: argparse.Namespace) -> None:
 def train_all(place: Setting, scheduler: str | None) -> None:
     """Every run that a notebook shows; scheduler: as of `cluster.train`, "auto" (`cluster.local`), or None: one process."""
     if scheduler == "auto":
-        scheduler = cluster.local(place.device)
+        scheduler = cluster.local(place.device, place.profile.gigabytes)
     if scheduler and not scheduler.startswith("local:"):
         cluster.connect(scheduler).close()
     flower_data(place), place.digits  # first what may be missing, then what takes long

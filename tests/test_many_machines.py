@@ -167,7 +167,7 @@ def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, c
     monkeypatch.setattr("dask.system.CPU_COUNT", cores)
     monkeypatch.setattr("distributed.system.MEMORY_LIMIT", memory)
     monkeypatch.setattr(cluster, "resolve_device", torch.device)
-    assert cluster.local(device) == chosen
+    assert cluster.local(device, 4.0) == chosen
 
 
 def test_workers_of_this_machine_share_its_cores_and_leave_its_environment_alone(monkeypatch):
