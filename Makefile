@@ -7,9 +7,9 @@ DEVICE  ?= auto
 DATA    ?= data
 PYTHON  ?= python3
 
-# glibc then keeps the memory of large tensors for the next update instead of giving it back after each
-export MALLOC_MMAP_THRESHOLD_ := 4294967296
-export MALLOC_TRIM_THRESHOLD_ := 4294967296
+# glibc then keeps the memory of an update's tensors for the next one instead of giving it back after each
+reproduce notebooks bench independent growth: export MALLOC_MMAP_THRESHOLD_ := 33554432
+reproduce notebooks bench independent growth: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -19,7 +19,7 @@ READY := $(VENV)/ready
 .PHONY: help setup reproduce notebooks test check bench independent growth stress rehearsal lab site lock clean
 
 help:  ## this list
-	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=tcp://host:8786]"
+	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=auto]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the virtual environment .venv from requirements.lock; every target below makes it when needed
@@ -48,7 +48,7 @@ bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers
 independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
 	$(BIN)/python -m dmvae_lib.independent --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
 
-growth: $(READY)  ## time and memory of an update against pairs, batch size, particles and modalities
+growth: $(READY)  ## time and memory of an update against pairs, batch size, seeds, particles and modalities
 	$(BIN)/python -m dmvae_lib.growth --profile $(PROFILE) --device $(DEVICE)
 
 stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md

@@ -44,7 +44,12 @@ def train(items: Sequence[Item], scheduler: str) -> None:
     names every failure. Raises DMVAEError at once for a scheduler that does not answer or is lost, and for a worker
     with another environment, several threads or another file system.
     """
-    with connect(scheduler) as client, tqdm(total=len(items), desc="runs", unit="run", leave=False) as bar:
+    # A local cluster sets its workers' environment in this process too, whenever it starts one.
+    with (
+        patch.dict(os.environ),
+        connect(scheduler) as client,
+        tqdm(total=len(items), desc="runs", unit="run", leave=False) as bar,
+    ):
         from cloudpickle import dumps  # distributed's; takes a notebook's own functions too
 
         common = {"expected": environment(), "pure": False}
@@ -83,13 +88,25 @@ def local(device: str, gigabytes: float) -> str | None:
     """The scheduler that makes the most of this machine: local:N on a CPU, N cores training a run each, which is faster
     than all cores on one run; None, one process, for a GPU or a single core, and where memory has room for one run only.
 
-    gigabytes: of memory that a process needs.
+    gigabytes: of memory that a process needs; this one keeps its own. None, too, without the package distributed.
     """
-    from dask.system import CPU_COUNT  # of this container
-    from distributed.system import MEMORY_LIMIT
+    if resolve_device(device).type != "cpu":
+        return None
+    try:
+        from distributed.system import MEMORY_LIMIT
+    except ImportError:
+        return None
+    n = int(min(cores(), MEMORY_LIMIT / (gigabytes * 1e9) - 1))
+    return f"local:{n}" if n > 1 else None
 
-    n = int(min(CPU_COUNT, MEMORY_LIMIT / (gigabytes * 1e9)))
-    return f"local:{n}" if n > 1 and resolve_device(device).type == "cpu" else None
+
+def cores() -> int:
+    """How many CPU cores this process may use: of its container where the package distributed is there to ask."""
+    try:
+        from dask.system import CPU_COUNT
+    except ImportError:
+        return os.cpu_count() or 1
+    return CPU_COUNT
 
 
 def connect(scheduler: str):
@@ -107,17 +124,17 @@ def connect(scheduler: str):
             n = int(number)
             if n < 1:
                 raise ValueError(f"{n} processes")
-            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // n)))
             environ = {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}  # the workers' own bars would cover the grid's
             local = {"n_workers": n, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0"}
-            # distributed sets them in this process too, and only so early do they reach torch and tqdm in the others
-            with patch.dict(os.environ), dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
+            # only so early do they reach torch and tqdm
+            with dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
                 return Client(**local, set_as_default=False)
         return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise DMVAEError(
             f"no Dask scheduler answers at {scheduler!r} ({str(error) or type(error).__name__}); expected the address "
-            "that `dask scheduler` prints, such as tcp://host:8786, or local:4 for four processes of this machine."
+            "that `dask scheduler` prints, such as tcp://host:8786, local:4 for four processes of this machine, auto or none."
         ) from error
 
 

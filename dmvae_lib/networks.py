@@ -36,7 +36,8 @@ class Upsampling(nn.ConvTranspose2d):
     """The transposed convolution (B, i, H, W) -> (B, o, 2 H, 2 W) with a 4 x 4 kernel, made for few channels o.
 
     A CPU's kernels compute it at a tenth of their rate. There it is an ordinary convolution to the 2 x 2 pixels that
-    each pixel becomes, in half the time; its gradients are the transposed convolution's.
+    each pixel becomes, in half the time; its gradients are the transposed convolution's. It takes batches alone there,
+    and no second derivatives, no torch.func and no autocast.
     """
 
     def __init__(self, i: int, o: int, bias: bool = True):

@@ -98,7 +98,7 @@ def train_all(place: Setting, scheduler: str | None) -> None:
     """Every run that a notebook shows; scheduler: as of `cluster.train`, "auto" (`cluster.local`), or None: one process."""
     if scheduler == "auto":
         scheduler = cluster.local(place.device, place.profile.gigabytes)
-    if scheduler and not scheduler.startswith("local:"):
+    elif scheduler:
         cluster.connect(scheduler).close()
     flower_data(place), place.digits  # first what may be missing, then what takes long
     items = [
@@ -123,7 +123,7 @@ def execute_all(place: Setting, options: argparse.Namespace) -> None:
     keeps = place.profile.writes_results
     executed = place.results / "notebooks" if keeps else project_folder() / "build" / place.profile.name
     remove_leftovers(executed)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))  # of each kernel
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cluster.cores() // AT_ONCE)))  # of each kernel
     with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
         waiting = {  # the last ones train models of their own: first what takes long
             pool.submit(execute, path, executed / path.name, parameters): path.stem for path in reversed(notebooks())
@@ -173,7 +173,7 @@ def main() -> None:
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped; the same command goes on from here.")
+        sys.exit("\nStopped; the same command goes on from the last checkpoints.")
 
 
 if __name__ == "__main__":

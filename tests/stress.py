@@ -758,7 +758,7 @@ TITLE = """# Trust
 What `make stress` found when it last wrote this page. It provokes each fault at random and looks at what comes of it.
 Held: the same weights, history and tables, bit for bit, came out after all; or the fault was refused before use, by a
 message that names the file and the way to repair it. Lost is everything else. Models and data are small, so that there
-can be many tries: `make reproduce` runs with two models and one notebook, data files are drawn in the real formats.
+can be many tries: `make reproduce` runs with two models and one notebook in one process, data files are drawn in the real formats.
 """
 
 if __name__ == "__main__":
