@@ -88,7 +88,8 @@ def local(device: str, gigabytes: float) -> str | None:
     """The scheduler that makes the most of this machine: local:N on a CPU, N cores training a run each, which is faster
     than all cores on one run; None, one process, for a GPU or a single core, and where memory has room for one run only.
 
-    gigabytes: of memory that a process needs; this one keeps its own. None, too, without the package distributed.
+    gigabytes: of memory that a process needs; this one keeps its own. OMP_NUM_THREADS, where set, is the cores that a
+    run takes. None, too, without the package distributed.
     """
     if resolve_device(device).type != "cpu":
         return None
@@ -96,7 +97,9 @@ def local(device: str, gigabytes: float) -> str | None:
         from distributed.system import MEMORY_LIMIT
     except ImportError:
         return None
-    n = int(min(cores(), MEMORY_LIMIT / (gigabytes * 1e9) - 1))
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    threads = max(1, int(first)) if first.isdigit() else 1
+    n = int(min(cores() // threads, MEMORY_LIMIT / (gigabytes * 1e9) - 1))
     return f"local:{n}" if n > 1 else None
 
 

@@ -70,8 +70,12 @@ def place_of(folder: Path) -> runs.Setting:
     return runs.Setting(profile, device="cpu", runs=folder / "runs", results=folder / "results" / "stress")
 
 
+def small_training(place: runs.Setting, plan: Schedule = SHORT, seed: int = 0) -> runs.Training:
+    return runs.Training(small_model, small_data(), plan, seed, place, "small", {})
+
+
 def small_run(place: runs.Setting, plan: Schedule = SHORT, seed: int = 0) -> runs.Run:
-    return runs.Training(small_model, small_data(), plan, seed, place, "small", {}).run()
+    return small_training(place, plan, seed).run()
 
 
 def measure(run: runs.Run) -> dict[str, float]:
@@ -293,20 +297,30 @@ def small_project(folder: Path) -> Path:
     return folder
 
 
-def reproduce_once() -> None:
+def checkpointed(place: runs.Setting, seed: int) -> runs.Training:
+    """A small training, which writes a checkpoint at every row of its history, in whichever process it runs."""
+    runs.train_side_by_side = functools.partial(train_side_by_side, checkpoint_seconds=0)
+    return small_training(place, seed=seed)
+
+
+def train_small(place: runs.Setting, scheduler: str | None) -> None:
+    items = [runs.Item("small", seed, functools.partial(checkpointed, place, seed)) for seed in range(2)]
+    runs.run_items(items, scheduler)
+
+
+def reproduce_once(scheduler: str) -> None:
     """In a small project: `make reproduce` with small runs in place of the paper's."""
     reproduce.setting = lambda *_: place_of(Path.cwd())
-    reproduce.train_all = lambda place, scheduler: [small_run(place, seed=seed) for seed in range(2)]
-    runs.train_side_by_side = functools.partial(train_side_by_side, checkpoint_seconds=0)
-    reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS, scheduler=None))
+    reproduce.train_all = train_small
+    reproduce.reproduce(argparse.Namespace(**reproduce.DEFAULTS, scheduler=None if scheduler == "none" else scheduler))
 
 
 def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tuple[int, int]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
-    def begin(place: Path) -> subprocess.Popen:
-        command = [sys.executable, str(Path(__file__).resolve()), "--reproduce-once"]
+    def begin(place: Path, scheduler: str) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).resolve()), "--reproduce-once", scheduler]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **quiet)
 
@@ -317,7 +331,7 @@ def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tup
         return {path.name: path.read_bytes() for path in tables} | {"README.md": page.encode()} | left
 
     begun = time.monotonic()
-    process = begin(small_project(folder / "undisturbed"))
+    process = begin(small_project(folder / "undisturbed"), "none")
     errors = process.communicate()[1]
     assert process.returncode == 0, errors.decode()
     whole, expected = time.monotonic() - begun, results(folder / "undisturbed")
@@ -326,7 +340,7 @@ def killed_reproductions(folder: Path, tries: int, chance: random.Random) -> tup
         place, in_this = small_project(folder / str(round_)), 0
         round_ += 1
         while True:
-            process = begin(place)
+            process = begin(place, chance.choice(["none", "local:2"]))
             try:
                 process.communicate(timeout=None if tried >= tries else chance.uniform(0.1, 0.9) * whole)
                 break
@@ -721,12 +735,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="of the choices; another each time without it")
     parser.add_argument("--only", default="", help="faults whose description fits this regular expression")
     parser.add_argument("--write", type=Path, help="also write the table there, as Markdown")
-    parser.add_argument("--reproduce-once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--reproduce-once", metavar="SCHEDULER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background processes ignore it
     if options.reproduce_once:
-        return reproduce_once()
+        return reproduce_once(options.reproduce_once)
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     chosen = {name: fault for name, fault in FAULTS_OF.items() if re.search(options.only, name)}
     if not chosen:
@@ -758,7 +772,8 @@ TITLE = """# Trust
 What `make stress` found when it last wrote this page. It provokes each fault at random and looks at what comes of it.
 Held: the same weights, history and tables, bit for bit, came out after all; or the fault was refused before use, by a
 message that names the file and the way to repair it. Lost is everything else. Models and data are small, so that there
-can be many tries: `make reproduce` runs with two models and one notebook in one process, data files are drawn in the real formats.
+can be many tries: `make reproduce` runs with two models, trained in one process or by two workers, and one notebook;
+data files are drawn in the real formats.
 """
 
 if __name__ == "__main__":

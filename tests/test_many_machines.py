@@ -13,7 +13,7 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from dmvae_lib import DMVAEError, cluster, runs
+from dmvae_lib import DMVAEError, cluster, reproduce, runs
 from dmvae_lib import experiments as ex
 from dmvae_lib.data import PairedData
 from dmvae_lib.data.digits import Digits
@@ -154,20 +154,46 @@ def test_a_worker_of_several_threads_is_refused(place):
 
 
 @pytest.mark.parametrize(
-    "cores, memory, device, chosen",
+    "cores, threads, memory, device, chosen",
     [
-        (8, 64e9, "cpu", "local:8"),
-        (8, 13e9, "cpu", "local:2"),
-        (8, 9e9, "cpu", None),
-        (1, 64e9, "cpu", None),
-        (8, 64e9, "cuda", None),
+        (8, "", 64e9, "cpu", "local:8"),
+        (8, "3,1", 64e9, "cpu", "local:2"),
+        (8, "8", 64e9, "cpu", None),
+        (8, "", 13e9, "cpu", "local:2"),
+        (8, "", 9e9, "cpu", None),
+        (1, "", 64e9, "cpu", None),
+        (8, "", 64e9, "cuda", None),
     ],
 )
-def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, cores, memory, device, chosen):
+def test_a_machine_trains_as_many_runs_as_it_has_cores_and_memory(monkeypatch, cores, threads, memory, device, chosen):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr("dask.system.CPU_COUNT", cores)
     monkeypatch.setattr("distributed.system.MEMORY_LIMIT", memory)
     monkeypatch.setattr(cluster, "resolve_device", torch.device)
     assert cluster.local(device, 4.0) == chosen
+
+
+@pytest.mark.parametrize(
+    "scheduler, of_this_machine, trains",
+    [
+        ("auto", "local:2", "local:2"),
+        ("auto", None, "this process"),
+        (None, "local:2", "this process"),
+        ("tcp://there:8786", "local:2", "tcp://there:8786"),
+    ],
+)
+def test_make_reproduce_trains_by_the_scheduler_that_was_chosen(place, monkeypatch, scheduler, of_this_machine, trains):
+    trained = []
+    monkeypatch.setattr(reproduce, "flower_data", lambda place: None)
+    monkeypatch.setattr(reproduce, "run_items", lambda items, together: trained.append(("this process", items)))
+    monkeypatch.setattr(cluster, "train", lambda items, scheduler: trained.append((scheduler, items)))
+    monkeypatch.setattr(cluster, "local", lambda device, gigabytes: of_this_machine)
+    monkeypatch.setattr(cluster, "connect", lambda scheduler: SimpleNamespace(close=lambda: None))
+    reproduce.train_all(place, scheduler)
+    ((by, items),) = trained
+    names = {(item.name, item.seed) for item in items}
+    assert by == trains and len(names) == len(items)
+    assert {("dmvae", 0), ("dmvae", 2), ("mvae", 0), ("dmvae-no-poe", 0), ("flowers-dmvae", 0)} <= names
 
 
 def test_workers_of_this_machine_share_its_cores(monkeypatch):
