@@ -234,7 +234,8 @@ def main() -> None:
     except DMVAEError as error:
         sys.exit(f"\n{error}")
     limits = ", ".join(f"{name} {value:.1f}" for name, value in table.attrs.items())
-    caption = f"Training DMVAE on {where(device)} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of {STEPS} updates). {limits}."
+    updates = f"{STEPS} updates" + (f", {STEPS * LONGER[device.type]:,} of ours" if device.type in LONGER else "")
+    caption = f"Training DMVAE on {where(device)} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of {updates}). {limits}."
     results = Results(place, "dmvae_lib/benchmark.py")
     results.frame("benchmark", table.round(3), caption)
     results.figure("benchmark_bars", benchmark_bars(table), caption)

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from tqdm.auto import tqdm
 
 from dmvae_lib import networks, plots  # noqa: F401 (plots sets the style of all figures)
-from dmvae_lib.benchmark import FIRST, seconds_per_update, where
+from dmvae_lib.benchmark import FIRST, LONGER, seconds_per_update, where
 from dmvae_lib.data.digits import SHAPES
 from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.errors import DMVAEError
@@ -92,7 +92,8 @@ def point(against: str, value: int, profile: Profile, device: torch.device) -> d
         train_side_by_side(jobs, device)
 
     updates(FIRST.get(device.type, 1))  # warm: allocations, choice of kernels
-    n = round(min(50, max(2, STRETCH / max(1e-3, seconds_per_update(updates, 2, device)))))
+    few = 2 * LONGER.get(device.type, 1)
+    n = round(min(25 * few, max(few, STRETCH / max(1e-3, seconds_per_update(updates, few, device)))))
     per_update = statistics.median(seconds_per_update(updates, n, device) for _ in range(ROUNDS))
     return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
 
