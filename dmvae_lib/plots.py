@@ -197,6 +197,7 @@ def learning_curve(curve: pd.DataFrame) -> Figure:
     curve.plot(ax=ax, marker="o", logx=True, ylim=(0, 100), ylabel="percent")
     ax.set_xticks(curve.index, [f"{n:,}" for n in curve.index], minor=False)
     ax.xaxis.minorticks_off()
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small", frameon=False)
     figure.tight_layout()
     return figure
 
