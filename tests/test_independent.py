@@ -7,6 +7,7 @@ import torch
 
 from dmvae_lib import independent
 from dmvae_lib.data import PairedData
+from dmvae_lib.distributions import Laplace
 from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build
 from dmvae_lib.profiles import get_profile
 from dmvae_lib.training import Schedule, batches
@@ -53,6 +54,26 @@ def test_mmvae_is_the_looser_bound():
     again, _ = losses(model, data)
     assert ours == pytest.approx(again, rel=2e-3)  # the bound's own noise
     assert ours == pytest.approx(theirs / 10, rel=2e-3)  # theirs is the batch's sum
+
+
+def test_mmvae_has_the_same_gradient_when_the_same_is_drawn(monkeypatch):
+    model, data = tiny(TABLE1["MMVAE"], particles=4)
+    trainer = independent.multivae_trainer(model, independent.Pairs(data, Schedule(1, 10), 3), 10, CPU)
+    batch = next(iter(trainer.train_loader))
+    drawn = [torch.distributions.Laplace(0.0, 1.0).sample((4, 10, model.shared_dim)) for _ in model.names]
+    for laplace, mean in ((Laplace, "mean"), (torch.distributions.Laplace, "loc")):
+        draws = iter(drawn)  # one for each modality's expert, in turn
+
+        def rsample(q, *_, n=0, mean=mean, draws=draws):
+            return getattr(q, mean) + q.scale * next(draws)
+
+        monkeypatch.setattr(laplace, "rsample", rsample)
+    gradients = [
+        torch.autograd.grad(loss, list(model.parameters()))
+        for loss in (model.loss(batch.data).total, trainer.model(batch).loss / 10)
+    ]
+    for ours, theirs in zip(*gradients):
+        assert (ours - theirs).norm() < 1e-3 * ours.norm()
 
 
 @pytest.mark.parametrize("row", independent.ROWS)
