@@ -27,10 +27,14 @@ def tiny(experiment, **sizes):
     return model, PairedData.pair(items, dict.fromkeys(items, torch.arange(30) % 10), permutations=1)
 
 
+def their_trainer(model, data):
+    """MultiVae's, for one update by 10 pairs."""
+    return independent.multivae_trainer(model, independent.Pairs(data, Schedule(1, batch_size=10), 3), 10, CPU)
+
+
 def losses(model, data):
     """Ours and theirs of the same pairs, which their loader shuffles."""
-    plan = Schedule(steps=1, batch_size=10)
-    trainer = independent.multivae_trainer(model, independent.Pairs(data, plan, 3), 10, CPU)
+    trainer = their_trainer(model, data)
     model.eval(), trainer.model.eval()
     ours = model.loss(data.batch(next(batches(data, 10, 3, 0)))).total
     return ours.item(), trainer.model(next(iter(trainer.train_loader))).loss.item()
@@ -58,7 +62,7 @@ def test_mmvae_is_the_looser_bound():
 
 def test_mmvae_has_the_same_gradient_when_the_same_is_drawn(monkeypatch):
     model, data = tiny(TABLE1["MMVAE"], particles=4)
-    trainer = independent.multivae_trainer(model, independent.Pairs(data, Schedule(1, 10), 3), 10, CPU)
+    trainer = their_trainer(model, data)
     batch = next(iter(trainer.train_loader))
     drawn = [torch.distributions.Laplace(0.0, 1.0).sample((4, 10, model.shared_dim)) for _ in model.names]
     for laplace, mean in ((Laplace, "mean"), (torch.distributions.Laplace, "loc")):
