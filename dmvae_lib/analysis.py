@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmvae_lib.data.pairing import PairedData
 from dmvae_lib.models import MultimodalVAE
+from dmvae_lib.pairing import PairedData
 
 
 @torch.no_grad()
@@ -34,12 +34,15 @@ def distinct_codes(model: MultimodalVAE, name: str, n: int = 5, candidates: int 
 
 @torch.no_grad()
 def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor) -> dict[str, dict[str, Tensor]]:
-    """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the given pairs; "shared" also has "joint"."""
+    """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the observations `rows`; "shared" also has "joint".
+
+    Where an item is missing, its codes are zero, the prior's mean.
+    """
     device = next(model.parameters()).device
     data = data.to(device)
     parts: dict[str, dict[str, list[Tensor]]] = {"private": {}, "shared": {}}
     for chunk in rows.to(device).split(1_000):
-        posterior = model.infer(data.batch(chunk))
+        posterior = model.infer(data.batch(chunk), data.masks(chunk))
         for part, codes in (("private", posterior.private), ("shared", {**posterior.shared, "joint": posterior.joint})):
             for name, q in codes.items():
                 parts[part].setdefault(name, []).append(q.mean.cpu())
@@ -74,13 +77,16 @@ def mixing(codes: dict[str, Tensor]) -> float:
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Test accuracy of a logistic regression from standardised codes (N, d) to the class; chance if d = 0."""
+    """Test accuracy of a logistic regression from standardised codes (N, d) to the class (N,).
+
+    With d = 0 there is nothing to see and the answer is always the class most common in training: its share in the test.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     if train.shape[1] == 0:
-        return train_labels.bincount().max().item() / len(train_labels)
+        return (test_labels == train_labels.mode().values).double().mean().item()
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
     return float(probe.fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy()))
 

@@ -81,32 +81,52 @@ class Laplace:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The equal-weight mixture of distributions of the same shape (MMVAE's joint posterior)."""
+    """The equal-weight mixture of distributions of the same shape (MMVAE's joint posterior).
+
+    observed: for each component (...) bool, where it takes part (at least one everywhere); None: all do.
+    """
 
     components: Sequence[Laplace]
+    observed: Sequence[Tensor] | None = None
 
     @property
     def mean(self) -> Tensor:
-        return torch.stack([component.mean for component in self.components]).mean(0)
+        means = torch.stack([component.mean for component in self.components])
+        share = self._taking_part(means.shape[:-1])
+        return (means * share[..., None]).sum(0) / share.sum(0)[..., None]
 
     def rsample(self, generator: torch.Generator | None = None, n: int | None = None) -> Tensor:
         """A sample of one component per element, (..., d), or (n, ..., d) if `n` is given."""
         samples = torch.stack([component.rsample(generator, n) for component in self.components])
         shape = samples.shape[1:-1]
-        chosen = torch.randint(len(self.components), shape, generator=generator, device=samples.device)
+        if self.observed is None:
+            chosen = torch.randint(len(self.components), shape, generator=generator, device=samples.device)
+        else:
+            share = self._taking_part(samples.shape[:-1]).float().movedim(0, -1)
+            chosen = torch.multinomial(share.flatten(0, -2), 1, generator=generator).view(shape)
         return samples.gather(0, chosen[None, ..., None].expand(1, *samples.shape[1:]))[0]
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log of the mean of the components' densities, (...)."""
         stacked = torch.stack([component.log_prob(z) for component in self.components])
-        return stacked.logsumexp(0) - math.log(len(self.components))
+        share = self._taking_part(stacked.shape)
+        return stacked.masked_fill(~share, -math.inf).logsumexp(0) - share.sum(0).to(stacked).log()
+
+    def _taking_part(self, shape: Sequence[int]) -> Tensor:
+        if self.observed is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.components[0].mean.device)
+        masks = torch.stack(list(self.observed))
+        return masks.view(len(masks), *(1,) * (len(shape) - masks.dim()), *masks.shape[1:]).expand(shape)
 
 
-def product_of_experts(experts: Sequence[DiagonalGaussian], prior: bool = True) -> DiagonalGaussian:
+def product_of_experts(
+    experts: Sequence[DiagonalGaussian], prior: bool = True, observed: Sequence[Tensor] | None = None
+) -> DiagonalGaussian:
     """The normalised product of Gaussian experts, Eq. 2; with `prior` the expert N(0, I) is multiplied in.
 
     C^-1 = sum_i C_i^-1 and mean = C sum_i C_i^-1 mean_i, computed with log-precisions: each expert's weight
-    in the mean is a softmax, so no precision overflows or vanishes.
+    in the mean is a softmax, so no precision overflows or vanishes. observed: for each expert (...) bool, where it
+    takes part; elsewhere its precision is zero, whatever its (finite) parameters.
 
     Raises DMVAEError for no expert or experts of different shapes.
     """
@@ -115,11 +135,13 @@ def product_of_experts(experts: Sequence[DiagonalGaussian], prior: bool = True) 
     shapes = {tuple(expert.mean.shape) for expert in experts}
     if len(shapes) > 1:
         raise DMVAEError(f"product_of_experts: experts of shapes {sorted(shapes)}; all must have the same shape.")
+    log_precisions, means = [-expert.logvar for expert in experts], [expert.mean for expert in experts]
+    if observed is not None:
+        log_precisions = [p.masked_fill(~mask[..., None], -math.inf) for p, mask in zip(log_precisions, observed)]
     if prior:
-        experts = [*experts, DiagonalGaussian.standard(*experts[0].mean.shape, like=experts[0].mean)]
-    log_precision = torch.stack([-expert.logvar for expert in experts])
-    weight = log_precision.softmax(0)
-    mean = (weight * torch.stack([expert.mean for expert in experts])).sum(0)
+        log_precisions, means = ([*parts, torch.zeros_like(parts[0])] for parts in (log_precisions, means))
+    log_precision = torch.stack(log_precisions)
+    mean = (log_precision.softmax(0) * torch.stack(means)).sum(0)
     return DiagonalGaussian(mean, -log_precision.logsumexp(0))
 
 

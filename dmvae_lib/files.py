@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what they say: atomic writing, locks, checksums and downloads."""
+"""Files that are whole or absent, and what they say: atomic writing, locks and checksums."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from dmvae_lib.errors import DMVAEError
 
@@ -25,7 +21,6 @@ from dmvae_lib.errors import DMVAEError
 FOLDER_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EFBIG: "the file system takes no file that large; choose another folder",
     errno.EACCES: "the folder is not writable; change its permissions or choose another folder",
     errno.EPERM: "the folder is not writable; change its permissions or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -38,10 +33,20 @@ FOLDER_ERRORS = {
 
 
 @contextmanager
+def _explained(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FOLDER_ERRORS:
+            raise
+        raise DMVAEError(f"cannot write {path}: {FOLDER_ERRORS[error.errno]}, then run again ({error}).") from error
+
+
+@contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there becomes `path` when the block ends well.
 
-    A reader, or a run that is cut off, sees the old file or the new one, never half of one, and once the block has
+    A reader, or a process that is cut off, sees the old file or the new one, never half of one, and once the block has
     ended the new one outlives a loss of power. If the block raises, the temporary file is removed and `path` stays as
     it was; a process that is killed leaves it (`remove_leftovers`). Parent folders are created. The temporary name
     keeps the suffix, by which many writers choose the format.
@@ -51,74 +56,52 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if not temporary.is_file():
-            raise DMVAEError(f"cannot write {path}: the block wrote nothing to the temporary path; write to it.")
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        _replace(temporary, path)
-    except OSError as error:
-        if error.errno not in FOLDER_ERRORS:
-            raise
-        raise DMVAEError(f"cannot write {path}: {FOLDER_ERRORS[error.errno]}, then run again ({error}).") from error
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if not temporary.is_file():
+                raise DMVAEError(f"cannot write {path}: the block wrote nothing to the temporary path; write to it.")
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # the folder too, else a loss of power could undo the renaming
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
     finally:
-        remove(temporary)
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Renames, and has the folder written to the disk too: else a loss of power could undo the renaming."""
-    os.replace(source, target)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with suppress(OSError):  # the folder is gone or not ours: the error that led here says more
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes the temporary files that killed processes left in a folder; hold its lock, so that none is in use."""
     for path in Path(folder).glob(".*-????????*"):
         if re.fullmatch(r"\..+-[0-9a-f]{8}(\.\w+)?", path.name):
-            remove(path)
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(folder: str | os.PathLike, work: str) -> Iterator[None]:
     """Only one process, or thread, at a time is in such a block for a folder; the others wait, and say so on stderr.
 
-    work: what the message says that the other is doing. The lock is the operating system's on the file folder/.lock,
-    so it ends with its holder, however that ends; the file stays and means nothing by itself. A network file system
-    must pass flock on to its server, as NFS and Lustre do unless told otherwise, for machines to exclude each other.
-    The same thread may enter again.
-
-    Raises DMVAEError for a folder that cannot be written or locked.
+    work: what the message says that the other is doing. The lock is the operating system's on the file folder/.lock
+    and ends with its holder, however that ends; a network file system must pass flock on to its server. The same
+    thread may enter again. Raises DMVAEError for a folder that cannot be written or locked.
     """
     lock = FileLock(Path(folder, ".lock"), is_singleton=True)
-    try:
+    with _explained(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
         except Timeout:
             print(f"Waiting for another process: {work}, in {folder} …", file=sys.stderr, flush=True)
             lock.acquire(poll_interval=0.2)
-    except OSError as error:
-        if error.errno not in FOLDER_ERRORS:
-            raise
-        raise DMVAEError(f"cannot write {folder}: {FOLDER_ERRORS[error.errno]}, then run again ({error}).") from error
     try:
         yield
     finally:
         lock.release()
-
-
-def remove(path: Path) -> None:
-    """Removes a file if it is there and may be removed."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        pass  # the folder is gone or not ours: the error that led here says more than this one would
 
 
 def _digest(path: str | os.PathLike, algorithm: str) -> str:
@@ -154,49 +137,29 @@ def verify(path: str | os.PathLike, digest: str, repair: str = "Delete it and fe
         )
 
 
-def verify_unchanged(root: str | os.PathLike, patterns: Sequence[str], record: str | os.PathLike | None) -> None:
-    """Checks the files below `root` that match, which have no published checksums, against those of an earlier day.
+def verify_listed(root: str | os.PathLike, patterns: Sequence[str]) -> None:
+    """Checks the files below `root` that match against root/MANIFEST.sha256 (as `sha256sum` writes it), if there is one.
 
-    These are root/MANIFEST.sha256, where there is one (as `sha256sum` writes it), or else `record`, which the first
-    call writes. What was damaged before the first call is so not seen; what is damaged later is. patterns: as
-    Path.glob takes them. Raises DMVAEError that names the first file that has changed.
+    For files without published checksums; one that is not listed is not checked. patterns: as Path.glob takes them.
+    Raises DMVAEError that names the first file that has changed, and for a list that is none.
     """
-    root = Path(root)
-    found = {path.relative_to(root).as_posix(): path for pattern in patterns for path in root.glob(pattern)}
-    listed = root / "MANIFEST.sha256"
-    if listed.is_file():
-        known = _checksums(listed)
-    elif record is not None:
-        listed = Path(record)
-        known = _checksums(listed) if listed.exists() else {}
-        new = {name: sha256(found[name]) for name in sorted(found.keys() - known.keys())}
-        if new:
-            with atomic_write(listed) as temporary:
-                temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in (known | new).items()))
-    else:
+    root, listed = Path(root), Path(root, "MANIFEST.sha256")
+    if not listed.is_file():
         return
-    for name in sorted(found.keys() & known.keys()):
-        repair = f"Fetch it again; or, if the change is meant, delete or correct {listed}, which lists it."
-        verify(found[name], known[name], repair)
-
-
-def _checksums(path: Path) -> dict[str, str]:
-    """{file: SHA-256} of what `sha256sum` wrote."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DMVAEError(f"the checksums {path} cannot be read ({error}); restore or delete that file.") from error
-    pairs = [match for line in lines if (match := re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line))]
-    if not pairs or len(pairs) < len(lines):
-        raise DMVAEError(f"{path} is no list of checksums as `sha256sum` writes it; restore or delete that file.")
-    return {match[2]: match[1] for match in pairs}
+    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [match for line in lines if (match := re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line))]
+    if not found or len(found) < len(lines):
+        raise DMVAEError(f"{listed} is no list of checksums as `sha256sum` writes it; restore or delete that file.")
+    digests = {match[2]: match[1] for match in found}
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        if digest := digests.get(path.relative_to(root).as_posix()):
+            verify(path, digest, f"Fetch it again; or, if the change is meant, correct {listed}, which lists it.")
 
 
 def write_sealed(path: str | os.PathLike, content: bytes) -> None:
     """Writes `content` and, after it, its SHA-256 (32 bytes), by `atomic_write`."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
 def read_sealed(path: str | os.PathLike, repair: str) -> bytes:
@@ -239,79 +202,3 @@ def write_json(path: str | os.PathLike, entry: dict) -> None:
     """Writes the entry, by `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(entry, indent=1) + "\n")
-
-
-def fetch(url: str, path: str | os.PathLike, sha256: str, timeout: float = 30.0, attempts: int = 3) -> Path:
-    """Downloads `url` to `path`, which appears once its SHA-256 has been checked; a good file there is kept.
-
-    What has arrived stays in `path`.part, and the next attempt, or the next run, asks the server for the rest. A server
-    that cannot resume sends it all again. timeout: seconds without a byte. Only one process fetches into a folder.
-
-    Raises DMVAEError for a digest that is none, a server that refuses, drops the connection `attempts` times or falls
-    silent, for bytes with another digest (they are removed), and for a `path` that holds another file.
-    """
-    path, part = Path(path), Path(f"{path}.part")
-    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise DMVAEError(f"fetch: sha256={sha256!r}; expected 64 hexadecimal digits, as its publisher gives them.")
-    if not path.exists():
-        with locked(path.parent, "downloading"):
-            if not path.exists():
-                _fetch(url, path, part, sha256, timeout, attempts)
-    verify(path, sha256)
-    return path
-
-
-def _fetch(url: str, path: Path, part: Path, sha256: str, timeout: float, attempts: int) -> None:
-    for attempt in range(attempts):
-        try:
-            _download(url, part, timeout)
-            break
-        except HTTPError as error:
-            raise DMVAEError(
-                f"cannot fetch {url}: the server says {error.code} {error.reason}; check the URL."
-            ) from error
-        except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in FOLDER_ERRORS:
-                raise DMVAEError(f"cannot write {part}: {FOLDER_ERRORS[error.errno]}, then run again.") from error
-            if attempt == attempts - 1 or isinstance(error, ValueError):
-                held = f"{part.stat().st_size:,} bytes are kept; " if part.exists() else ""
-                raise DMVAEError(
-                    f"cannot fetch {url} in {attempt + 1} attempts ({error or type(error).__name__}); {held}check URL "
-                    "and network and run again."
-                ) from error
-    found = _digest(part, "sha256")
-    if found != sha256.lower():
-        size = part.stat().st_size
-        part.unlink()
-        raise DMVAEError(
-            f"{url} gave {size:,} bytes with SHA-256 {found}, expected {sha256}: they are damaged or another version "
-            "and have been removed. Run again, or check the URL and the digest."
-        )
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    _replace(part, path)
-
-
-def _download(url: str, part: Path, timeout: float) -> None:
-    """Appends to `part` what the server has beyond it, or raises."""
-    held = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={held}-"} if held else {})
-    try:
-        response = urlopen(request, timeout=timeout)
-    except HTTPError as error:
-        if error.code != 416:
-            raise
-        return  # nothing beyond what is held: the digest tells whether that is the file
-    with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
-        length = response.headers.get("Content-Length")
-        expected = int(length) if length else None
-        received = 0
-        bar = tqdm(total=expected, desc=part.stem, unit="B", unit_scale=True, leave=False)
-        with open(part, "ab" if resumed else "wb") as file, bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                received += len(block)
-                bar.update(len(block))
-        if expected is not None and received < expected:  # read() ends quietly when the connection drops
-            raise ConnectionError(f"the connection ended after {received:,} of {expected:,} bytes")

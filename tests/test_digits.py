@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from urllib.error import URLError
@@ -10,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from dmvae_lib.data import digits, load_digits
-from dmvae_lib.data.embedded import VERSIONS, handwritten_digits, house_numbers
 from dmvae_lib.errors import DMVAEError
+from dmvae_lib.paper.data import digits
+from dmvae_lib.paper.data.digits import MNIST_SVHN
+from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 NPZ = Path("svhn", "test_32x32_first10000.npz")
+load = MNIST_SVHN.load
 real = pytest.mark.skipif(not (SHARED / NPZ).is_file(), reason="the real data is not here")
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    return load_digits("embedded")
+    return load("embedded")
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +64,9 @@ def test_embedded_splits_have_the_sizes_of_their_sources(embedded):
 
 
 def test_embedded_is_the_same_each_time(embedded):
-    again = load_digits("embedded")
+    again = load("embedded")
     assert (again.train.fingerprint, again.test.fingerprint) == (embedded.train.fingerprint, embedded.test.fingerprint)
     assert not rows(embedded.train.items["svhn"]) & rows(embedded.test.items["svhn"])
-
-
-def test_no_two_splits_of_any_seeds_draw_the_same_house_numbers(monkeypatch):
-    streams = []
-
-    def record(n, seed):
-        streams.append(seed)
-        return house_numbers(10, seed)
-
-    monkeypatch.setattr(digits, "house_numbers", record)
-    for seed in range(4):
-        digits._embedded(Path(), seed)
-    assert len(streams) == len(set(streams)) == 8
 
 
 def test_no_handwritten_digit_is_in_train_and_test(handwritten):
@@ -105,7 +95,7 @@ def test_versions_of_a_digit_are_adjacent_and_the_first_is_the_digit_itself(hand
 
 
 def test_validation_holds_out_training_images_and_whole_digits(embedded):
-    held = load_digits("embedded", evaluation="validation")
+    held = load("embedded", evaluation="validation")
     for name in ("mnist", "svhn"):
         joined = torch.cat([held.train.items[name], held.test.items[name]])
         assert torch.equal(joined, embedded.train.items[name])
@@ -143,9 +133,23 @@ def test_house_numbers_show_their_label():
     assert accuracy > 0.25
 
 
-def test_house_numbers_need_at_least_one():
-    with pytest.raises(DMVAEError, match="n=0"):
-        house_numbers(0)
+def test_house_numbers_of_both_polarities_are_half_dark():
+    """The middle of the figures against the corners of the wall: always lighter, or lighter in half of the images."""
+    shares = []
+    for polarity in ("light", "both"):
+        images, labels = house_numbers(2000, 0, polarity)
+        grey = images.float().mean(1)[(labels == 1) | (labels == 7)]
+        figure, wall = grey[:, 6:26, 12:20].amax((1, 2)), grey.flatten(1).median(1).values
+        darkest = grey[:, 6:26, 12:20].amin((1, 2))
+        shares.append((figure - wall > wall - darkest).double().mean().item())
+    assert shares[0] > 0.97 and 0.4 < shares[1] < 0.6
+    assert torch.equal(house_numbers(50)[0], house_numbers(50, 0, "light")[0])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((0,), "n=0"), ((1, 0, "dark"), "polarity='dark'")])
+def test_bad_arguments_of_house_numbers(arguments, message):
+    with pytest.raises(DMVAEError, match=message):
+        house_numbers(*arguments)
 
 
 # --- real data -------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def test_house_numbers_need_at_least_one():
 
 @real
 def test_subset_holds_mnist_and_the_first_svhn_test_images_in_order():
-    data = load_digits("subset", SHARED)
+    data = load("subset", SHARED)
     assert len(data.train.items["mnist"]) == 60_000 and len(data.test.items["mnist"]) == 10_000
     assert len(data.train.items["svhn"]) == 8_000 and len(data.test.items["svhn"]) == 2_000
     with np.load(SHARED / NPZ) as file:
@@ -170,7 +174,7 @@ def test_subset_holds_mnist_and_the_first_svhn_test_images_in_order():
 
 @real
 def test_subset_validation_leaves_the_test_images_alone():
-    held = load_digits("subset", SHARED, evaluation="validation", permutations=1)
+    held = load("subset", SHARED, evaluation="validation", permutations=1)
     assert [len(held.test.items[name]) for name in ("mnist", "svhn")] == [6_000, 800]
     assert [len(held.train.items[name]) for name in ("mnist", "svhn")] == [54_000, 7_200]
     with np.load(SHARED / NPZ) as file:
@@ -198,7 +202,7 @@ def truncate(path):
 def test_a_damaged_file_is_named(root, name, damage):
     damage(root / name)
     with pytest.raises(DMVAEError, match="damaged") as error:
-        load_digits("subset", root)
+        load("subset", root)
     assert str(root / name) in str(error.value) and "Delete it" in str(error.value)
 
 
@@ -206,10 +210,11 @@ def test_a_damaged_file_is_named(root, name, damage):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: {"X": x, "y": (y + 1) % 10}, "bytes of y"),
-        (lambda x, y: {"X": x[::-1], "y": y}, "bytes of X"),
+        (lambda x, y: {"X": x, "y": (y + 1) % 10}, "y has .* bytes of MD5"),
+        (lambda x, y: {"X": x[::-1], "y": y}, "X has .* bytes of MD5"),
         (lambda x, y: {"X": x[:9999], "y": y}, r"shape \(9999, 32, 32, 3\)"),
-        (lambda x, y: {"X": x, "y": y.astype(np.int64)}, "dtype int64"),
+        (lambda x, y: {"X": x.reshape(10_000, 3, 32, 32), "y": y}, r"shape \(10000, 3, 32, 32\)"),
+        (lambda x, y: {"X": x, "y": y.astype(np.int8)}, "dtype int8"),
         (lambda x, y: {"X": x}, "cannot be read as arrays X and y"),
         (lambda x, y: {"X": x, "y": y.astype(object)}, "cannot be read as arrays X and y"),
     ],
@@ -227,7 +232,7 @@ def test_a_file_left_by_another_program_is_not_read_instead_of_mnist(root):
     (root / "MNIST" / "processed").mkdir()
     for name in ("training.pt", "test.pt"):  # torchvision prefers these, unverified
         torch.save((torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5)), root / "MNIST" / "processed" / name)
-    assert len(load_digits("subset", root, permutations=1).train.items["mnist"]) == 60_000
+    assert len(load("subset", root, permutations=1).train.items["mnist"]) == 60_000
 
 
 @pytest.fixture
@@ -250,7 +255,7 @@ def official(tmp_path, monkeypatch):
 @real
 def test_full_reads_the_official_files(official):
     (official / "MNIST").symlink_to(SHARED / "MNIST")
-    data = load_digits("full", official, permutations=2)
+    data = load("full", official, permutations=2)
     assert data.train.items["svhn"].shape == (40, 3, 32, 32)
     assert data.train.item_labels["svhn"][8:11].tolist() == [9, 0, 1]  # written 9, 10, 1
     assert len(data.train) == 2 * 40
@@ -258,7 +263,7 @@ def test_full_reads_the_official_files(official):
     assert (data.train.items["svhn"][7].permute(1, 2, 0).numpy() == expected).all()
     flip_bit(official / "svhn" / "test_32x32.mat")
     with pytest.raises(DMVAEError, match="test_32x32.mat .* has MD5 .*Delete it and fetch it again"):
-        load_digits("full", official)
+        load("full", official)
 
 
 @real
@@ -275,7 +280,7 @@ def test_the_subset_can_be_cut_from_the_official_file(root, monkeypatch):
     monkeypatch.setattr(SVHN, "split_list", known)
     (root / NPZ).unlink()
     found = digits._svhn_subset(root)
-    assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
 
 
 # --- missing files and bad arguments ---------------------------------------------------------------------------
@@ -283,7 +288,7 @@ def test_the_subset_can_be_cut_from_the_official_file(root, monkeypatch):
 
 def test_missing_mnist_says_where_and_what_to_do(tmp_path):
     with pytest.raises(DMVAEError) as error:
-        load_digits("subset", tmp_path / "data")
+        load("subset", tmp_path / "data")
     for part in ("MNIST is missing", str(tmp_path / "data" / "MNIST" / "raw"), "make reproduce PROFILE=paper", "quick"):
         assert part in str(error.value)
 
@@ -292,7 +297,7 @@ def test_missing_mnist_says_where_and_what_to_do(tmp_path):
 def test_missing_svhn_subset_says_where(root):
     (root / NPZ).unlink()
     with pytest.raises(DMVAEError, match="the SVHN subset is missing") as error:
-        load_digits("subset", root)
+        load("subset", root)
     assert str(root / NPZ) in str(error.value) and "test_32x32.mat" in str(error.value)
 
 
@@ -305,7 +310,7 @@ def test_a_failed_download_leaves_nothing_and_says_what_is_missing(tmp_path, mon
 
     monkeypatch.setattr(mnist, "download_and_extract_archive", cut_off)
     with pytest.raises(DMVAEError, match="(?s)MNIST is missing.*fetching it failed.*no network.*quick"):
-        load_digits("full", tmp_path)
+        load("full", tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -318,14 +323,33 @@ def test_full_fetches_only_what_is_missing(official, monkeypatch):
     whole, fetched = path.read_bytes(), []
     path.unlink()
 
-    def download(url, root, filename, md5):
-        fetched.append(filename)
-        Path(root, filename).write_bytes(whole)
+    def retrieve(url, target, *_):
+        fetched.append(Path(target).name)
+        Path(target).write_bytes(whole)
 
-    monkeypatch.setattr(utils, "download_url", download)
-    load_digits("full", official, permutations=1)
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", retrieve)
+    load("full", official, permutations=1)
     assert fetched == ["test_32x32.mat"] and path.read_bytes() == whole
     assert not list((official / "svhn").glob(".download-*"))
+
+
+@real
+def test_a_damaged_download_is_refused_and_the_next_one_begins_anew(official, monkeypatch):
+    from torchvision.datasets import utils
+
+    (official / "MNIST").symlink_to(SHARED / "MNIST")
+    path = official / "svhn" / "test_32x32.mat"
+    whole = path.read_bytes()
+    path.unlink()
+    sent = iter([whole[:-1], whole])
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, target, *_: Path(target).write_bytes(next(sent)))
+    with pytest.raises(DMVAEError, match="SVHN is missing.*fetching it failed.*corrupted"):
+        load("full", official, permutations=1)
+    assert not path.exists()
+    load("full", official, permutations=1)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -333,24 +357,59 @@ def test_full_fetches_only_what_is_missing(official, monkeypatch):
     [
         ({"source": "quick"}, "unknown source 'quick'; expected one of embedded, subset, full"),
         ({"source": "embedded", "evaluation": "train"}, "unknown evaluation 'train'; expected one of test, validation"),
-        ({"source": "embedded", "seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_arguments_list_the_choices(arguments, message):
     with pytest.raises(DMVAEError, match=message):
-        load_digits(**arguments)
+        load(**arguments)
+
+
+# --- the data set as an object ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["dmvae", "mmvae"])
+@pytest.mark.parametrize("name", MNIST_SVHN.modalities)
+def test_networks_take_and_give_the_modalitys_images(family, name):
+    encoder, decoder = MNIST_SVHN.networks(family, name, 3, 5, 0.25, "release")
+    images = torch.rand(2, *digits.SHAPES[name])
+    assert encoder(images).shape == (2, 16)
+    decoded = decoder(100 * torch.randn(2, 8))
+    assert decoded.shape == images.shape
+    assert (0 <= decoded.min() and decoded.max() <= 1) == (family == "mmvae")  # means, or logits
+
+
+def test_width_1_gives_the_published_hidden_layers_and_width_scales_them():
+    for family, width, hidden in (("dmvae", 1, 256), ("mmvae", 1, 400), ("dmvae", 0.25, 64), ("mmvae", 0.25, 100)):
+        encoder, _ = MNIST_SVHN.networks(family, "mnist", 1, 10, width, "release")
+        assert encoder[1].out_features == hidden
+
+
+def test_joint_encoder_and_classifiers_take_the_modalities():
+    batch = {name: torch.rand(2, *digits.SHAPES[name]) for name in MNIST_SVHN.modalities}
+    assert MNIST_SVHN.joint_encoder(7, 0.5, "kaiming")(batch).shape == (2, 14)
+    for name, images in batch.items():
+        assert MNIST_SVHN.classifier(name)(images).shape == (2, 10)
+
+
+def test_weights_are_the_releases_on_real_data():
+    assert MNIST_SVHN.weights["full"] == MNIST_SVHN.weights["subset"] == {"mnist": 50, "svhn": 1}
+    assert MNIST_SVHN.weights.keys() == digits.TITLES.keys()
+
+
+def test_the_data_set_survives_pickling_and_can_be_a_key():
+    copy = pickle.loads(pickle.dumps(MNIST_SVHN))
+    assert copy == MNIST_SVHN and hash(copy) == hash(MNIST_SVHN)
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("call", "message"),
     [
-        (torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]), "float32; expected"),
-        (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]), r"shape \(2, 28, 28\)"),
-        (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0]), "different length, 1 and 2"),
-        (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 10]), r"found \[0, 10\]"),
-        (torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.tensor([], dtype=torch.int64), "at least one"),
+        (lambda: MNIST_SVHN.networks("jvae", "mnist", 1, 10, 1.0, "release"), "'jvae' for 'mnist'; expected dmvae"),
+        (lambda: MNIST_SVHN.networks("dmvae", "usps", 1, 10, 1.0, "release"), "'dmvae' for 'usps'"),
+        (lambda: MNIST_SVHN.networks("dmvae", "svhn", 1, 10, 1.0, "xavier"), "'xavier'; expected one of release"),
+        (lambda: MNIST_SVHN.classifier("usps"), "'usps'; expected one of mnist, svhn"),
     ],
 )
-def test_images_and_labels_out_of_format_are_an_error(images, labels, message):
+def test_unknown_names_are_an_error(call, message):
     with pytest.raises(DMVAEError, match=message):
-        digits._check("mnist", digits.Labelled(images, labels))
+        call()

@@ -1,16 +1,13 @@
 """Experiments as data: training or loading, evaluation, tables, all on the embedded digits and a few steps."""
 
-import json
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from dmvae_lib import DMVAEError, runs
 from dmvae_lib import experiments as ex
-from dmvae_lib.report import Results, compare, index, readable
 
 
 @pytest.fixture(scope="module")
@@ -106,29 +103,6 @@ def test_coherence_counts_the_digits_that_survive(offset, expected):
     assert result == {"mnist->svhn": expected, "svhn->mnist": expected, "joint": expected}
 
 
-def test_table_beside_the_paper_and_its_manifest(place, tmp_path):
-    values = {"DMVAE": [{"joint": 0.40}, {"joint": 0.44}], "extra": [{"joint": 0.1}, {"joint": 0.1}]}
-    table = compare(values, {"DMVAE": {"joint": 44.7}})
-    row = table.loc[("DMVAE", "Joint")]
-    assert row["mean"] == pytest.approx(42) and row["sd"] == pytest.approx(8**0.5) and row["seeds"] == 2
-    assert row["difference"] == pytest.approx(-2.7) and pd.isna(table.loc[("extra", "Joint"), "paper"])
-    shown = readable(table)
-    assert shown.loc["DMVAE", ("Joint", "ours")] == "42.0 ± 2.8" and shown.loc["extra", ("Joint", "paper")] == "–"
-
-    made = ex.run(ex.DMVAE_DIGITS, 0, place)
-    keeping = replace(place, profile=replace(place.profile, writes_results=True), results=tmp_path / "quick")
-    Results(keeping, "03_table1").table("table1", table, "Table 1.", [made])
-    assert {path.name for path in keeping.results.iterdir()} == {
-        *("table1.csv", "table1.md", "table1.tex", "manifest.json", "configurations.json", ".lock")
-    }
-    entry = json.loads((keeping.results / "manifest.json").read_text())["table1"]
-    assert entry["runs"][0]["configuration"] == made.info["hash"] and entry["notebook"] == "notebooks/03_table1.ipynb"
-    assert r"\toprule" in (keeping.results / "table1.tex").read_text()
-    assert "42.0 ± 2.8" in index(tmp_path) and "table1.csv" in (tmp_path / "README.md").read_text()
-    Results(place, "03_table1").table("table1", table, "Table 1.", [made])
-    assert not place.results.exists()  # profile smoke keeps nothing
-
-
 def test_a_share_of_a_profiles_updates():
     quick, part = ex.get_profile("quick"), ex.get_profile("quick@0.05")
     assert (part.steps, part.particle_steps) == (round(0.05 * quick.steps), round(0.05 * quick.particle_steps))
@@ -157,13 +131,3 @@ def test_mvae_stays_finite_over_five_seeds(place):
     for seed in range(5):
         history = ex.run(ex.TABLE1["MVAE"], seed, replace(place, profile=profile)).history
         assert history.notna().all().all()
-
-
-def test_latex_tables_compile_in_their_captions(place, tmp_path):
-    keeping = replace(place, profile=replace(place.profile, writes_results=True), results=tmp_path)
-    table = compare({"MVAE": [{"mnist->svhn": 0.5}]}, {"MVAE": {"mnist->svhn": 9.5}})
-    Results(keeping, "03_table1").table("t", table, "Table 1: accuracy 95.8%, 100.0% & more.")
-    tex, md = (tmp_path / "t.tex").read_text(), (tmp_path / "t.md").read_text()
-    assert not [line for line in tex.splitlines() if "%" in line.replace(r"\%", "") or "→" in line]
-    assert r"\caption{accuracy 95.8\%, 100.0\% \& more." in tex
-    assert "+40.5" in md and "50.0" in md

@@ -3,8 +3,8 @@
 import hashlib
 import io
 import tarfile
+import tempfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,23 +12,27 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
 
-from dmvae_lib.data import embedded_flowers, flowers
-from dmvae_lib.data.flowers import (
-    Flowers,
-    check_classes,
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.pairing import PairedData
+from dmvae_lib.paper.data import embedded_flowers, flowers
+from dmvae_lib.paper.data.features import image_features, token_embeddings
+from dmvae_lib.paper.data.flowers import (
+    CAPTIONS,
+    FLOWERS,
     fetch_captions,
     load_captions,
     load_classes,
     load_flowers,
     load_oxford,
+    picture,
+    query_tokens,
 )
-from dmvae_lib.data.pairing import PairedData
-from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import fetch
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 real = pytest.mark.skipif(not (SHARED / "cvpr2016_flowers").is_dir(), reason="the real data is not here")
@@ -37,10 +41,6 @@ LISTS = {"trainclasses.txt": (3, 4), "valclasses.txt": (1,), "testclasses.txt": 
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def caption_file(root, number):
@@ -62,9 +62,15 @@ def root(tmp_path, monkeypatch):
         (tmp_path / "cvpr2016_flowers" / name).write_text("".join(f"class_{number:05}\n" for number in members))
     mat = tmp_path / "flowers-102" / "imagelabels.mat"
     savemat(mat, {"labels": np.array([LABELS], dtype=np.uint8)})
-    entry = ("imagelabels.mat", hashlib.md5(mat.read_bytes()).hexdigest())
-    files = {**torchvision.datasets.Flowers102._file_dict, "label": entry}
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", files)
+    sets = tmp_path / "flowers-102" / "setid.mat"
+    savemat(sets, {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6]]})
+    files = {
+        name: (path.name, hashlib.md5(path.read_bytes()).hexdigest())
+        for name, path in (("label", mat), ("setid", sets))
+    }
+    monkeypatch.setattr(
+        torchvision.datasets.Flowers102, "_file_dict", torchvision.datasets.Flowers102._file_dict | files
+    )
     return tmp_path
 
 
@@ -97,43 +103,70 @@ def subset(root, monkeypatch):
 
 
 def test_every_image_is_paired_with_its_own_ten_captions(subset, tmp_path):
-    data = load_flowers("subset", subset, cache=tmp_path / "cache", progress=False)
-    split = data.train
-    assert isinstance(split, PairedData) and split.names == ("image", "text") and len(split) == 40
-    assert split.items["image"].shape == (4, 512) and split.items["image"].dtype == torch.float32
-    assert split.items["text"].shape == (40, 30, 128) and split.items["text"].dtype == torch.float16
-    assert split.labels.tolist() == [3] * 20 + [4] * 20
-    assert split.captions[25] == "a flower of image 4, caption 5"
-    assert split.index["image"][25] == 2 and split.index["text"][25] == 25
-    assert split.image(2).shape == (40, 50, 3) and split.image(2).dtype == np.uint8
-    assert np.array_equal(split.image(2), np.asarray(Image.open(subset / "flowers-102/jpg/image_00004.jpg")))
-    batch = split.batch(torch.tensor([0, 25]))
-    assert batch["image"].shape == (2, 512) and batch["text"].dtype == torch.float32
-    moved = split.to("cpu")
-    assert moved.captions == split.captions and moved.fingerprint == split.fingerprint
-    assert (data.title, data.backbone, data.text_model) == (flowers.TITLES["subset"], "squeezenet1_0", "small-bert")
+    splits = load_flowers("subset", subset, cache=tmp_path / "cache")
+    train, facts = splits.train, splits.facts
+    assert isinstance(train, PairedData) and train.names == FLOWERS.modalities and len(train) == 40
+    assert train.items["image"].shape == (4, 512) and train.items["image"].dtype == torch.float32
+    assert train.items["text"].shape == (40, 30, 128) and train.items["text"].dtype == torch.float16
+    assert train.labels.tolist() == [3] * 20 + [4] * 20 and set(splits.test.labels.tolist()) == {2}
+    assert facts["captions"]["train"][25] == "a flower of image 4, caption 5"
+    assert train.index["image"][25] == 2 and train.index["text"][25] == 25
+    alone = token_embeddings(["a flower of image 4, caption 5"], "small-bert")[0][0]
+    assert torch.allclose(train.items["text"][25].float(), alone.float(), atol=5e-3)
+    assert np.array_equal(
+        picture(splits, 2, "train"), np.asarray(Image.open(subset / "flowers-102/jpg/image_00004.jpg"))
+    )
+    assert np.array_equal(picture(splits, 1), np.asarray(Image.open(subset / "flowers-102/jpg/image_00008.jpg")))
+    assert (facts["title"], facts["backbone"], facts["text_model"]) == (
+        flowers.TITLES["subset"],
+        "squeezenet1_0",
+        "small-bert",
+    )
+    assert (
+        facts["names"][1] == "pink primrose"
+        and splits.source == "subset"
+        and set(splits.titles) == set(FLOWERS.modalities)
+    )
+    assert query_tokens("a flower", splits).shape == (1, 30, 128)
+
+
+def test_image_features_are_scaled_by_the_training_images_alone(subset):
+    splits = load_flowers("subset", subset)
+    weights = subset / flowers.SQUEEZENET
+    raw = {part: image_features(paths, "squeezenet1_0", weights) for part, paths in splits.facts["pictures"].items()}
+    assert torch.allclose(splits.train.items["image"].std(), torch.tensor(1.0))
+    for part, data in (("train", splits.train), ("test", splits.test)):
+        assert torch.allclose(data.items["image"], raw[part] / raw["train"].std())
 
 
 def test_validation_does_not_look_at_the_test_classes(subset):
     for number in (6, 8):  # the images of the test class
         (subset / "flowers-102" / "jpg" / f"image_{number:05}.jpg").write_bytes(b"damaged")
-    data = load_flowers("subset", subset, evaluation="validation", progress=False)
-    assert data.test is data.validation and set(data.test.labels.tolist()) == {1}
+    splits = load_flowers("subset", subset, evaluation="validation")
+    assert set(splits.test.labels.tolist()) == {1}
     with pytest.raises(DMVAEError, match="image_00006.jpg cannot be decoded"):
-        load_flowers("subset", subset, progress=False)
+        load_flowers("subset", subset)
 
 
 def test_embedded_needs_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded_flowers, "IMAGES", {"train": 2, "validation": 2, "test": 3})
-    data = load_flowers("embedded", tmp_path / "nowhere", cache=tmp_path / "cache", progress=False)
-    assert [len(split.items["image"]) for split in (data.train, data.validation, data.test)] == [80, 24, 36]
-    members = [set(split.labels.tolist()) for split in (data.train, data.validation, data.test)]
+    splits = load_flowers("embedded", tmp_path / "nowhere", cache=tmp_path / "cache")
+    held = load_flowers("embedded", tmp_path / "nowhere", "validation", tmp_path / "cache")
+    parts = (splits.train, held.test, splits.test)
+    assert [len(part.items["image"]) for part in parts] == [80, 24, 36]
+    members = [set(part.labels.tolist()) for part in parts]
     assert [len(part) for part in members] == [40, 12, 12] and len(set.union(*members)) == 64
-    assert data.test.image(0).shape == (64, 64, 3)
-    assert data.names[0].split()[3] in data.train.captions[0] + data.train.captions[1] + data.train.captions[2]
+    assert members == [set(splits.facts["classes"][name]) for name in ("train", "validation", "test")]
+    assert picture(splits, 0).shape == (64, 64, 3) and picture(splits, 0).dtype == np.uint8
+    assert splits.facts["names"][0].split()[3] in " ".join(splits.facts["captions"]["train"][:3])
     assert not (tmp_path / "nowhere").exists()
-    again = load_flowers("embedded", tmp_path / "nowhere", cache=tmp_path / "cache", progress=False)
-    assert again.train.fingerprint == data.train.fingerprint
+    again = load_flowers("embedded", tmp_path / "nowhere", cache=tmp_path / "cache")
+    assert again.train.fingerprint == splits.train.fingerprint == held.train.fingerprint
+
+
+def test_every_source_has_a_weight_for_every_modality():
+    assert set(FLOWERS.weights) == {"embedded", "subset", "full"}
+    assert all(set(weights) == set(FLOWERS.modalities) for weights in FLOWERS.weights.values())
 
 
 @pytest.mark.parametrize(
@@ -224,22 +257,20 @@ def test_captions_that_are_not_utf8_are_named(root):
 
 def test_a_missing_caption_file_is_named(root):
     caption_file(root, 3).unlink()
-    with pytest.raises(DMVAEError, match="class_00001/image_00003.txt: there is no such file"):
+    with pytest.raises(DMVAEError, match="do not join in 1 files, first class_00001/image_00003.txt, which is missing"):
         load_oxford(root)
 
 
 def test_captions_in_another_classs_folder_are_named(root):
     path = caption_file(root, 3)
     path.rename(root / "cvpr2016_flowers" / "text_c10" / "class_00002" / path.name)
-    with pytest.raises(
-        DMVAEError, match="its captions are in class_00002/image_00003.txt, but its label says class_00001"
-    ):
+    with pytest.raises(DMVAEError, match="do not join in 2 files, first class_00001/image_00003.txt, which is missing"):
         load_oxford(root)
 
 
 def test_captions_of_no_image_are_named(root):
     (caption_file(root, 3).with_name("image_00099.txt")).write_text("a\n" * 10)
-    with pytest.raises(DMVAEError, match="image_00099.txt: captions of an image that is not there"):
+    with pytest.raises(DMVAEError, match="class_00001/image_00099.txt, which is of no image of that class"):
         load_captions(root / "cvpr2016_flowers", torch.tensor(LABELS))
 
 
@@ -252,7 +283,7 @@ def test_captions_of_no_image_are_named(root):
         ("trainclasses.txt", "class_00003\n", "class 4 is in no class list"),
         ("valclasses.txt", "primrose\n", "valclasses.txt holds 'primrose'; expected lines such as class_00041"),
         ("valclasses.txt", "", "valclasses.txt holds 'nothing'"),
-        ("valclasses.txt", None, "there is no .*valclasses.txt"),
+        ("valclasses.txt", None, "cannot read .*valclasses.txt: No such file"),
     ],
 )
 def test_class_lists_that_overlap_or_do_not_cover_are_named(root, name, content, message):
@@ -262,15 +293,46 @@ def test_class_lists_that_overlap_or_do_not_cover_are_named(root, name, content,
         load_oxford(root)
 
 
-def test_class_lists_and_captions_are_checked_without_files_too():
-    with pytest.raises(DMVAEError, match="expected train, validation, test"):
-        check_classes({"train": (1,), "test": (2,)})
-    classes = {"train": (1,), "validation": (2,), "test": (3,)}
-    good = {"images": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 2, 3]), "classes": classes}
-    with pytest.raises(DMVAEError, match="3 images, 3 labels and captions of 2 images"):
-        Flowers(**good, captions=[["a"] * 10] * 2, names={})
-    with pytest.raises(DMVAEError, match="image 1 has 9 captions that are not blank"):
-        Flowers(**good, captions=[["a"] * 10, ["a"] * 9 + [" "], ["a"] * 10], names={})
+def parsed(content: bytes) -> list[str] | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text_c10", "class_00001", "image_00001.txt")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        try:
+            return load_captions(folder, torch.tensor([1]))[0]
+        except DMVAEError as error:
+            assert path.name in str(error)
+    return None
+
+
+@given(st.one_of(st.binary(max_size=200), st.lists(st.text(max_size=8), max_size=12).map("\n".join).map(str.encode)))
+def test_captions_are_ten_that_are_not_blank_or_an_error_that_names_the_file(content):
+    captions = parsed(content)
+    assert captions is None or len(captions) == CAPTIONS and all(line and line == line.strip() for line in captions)
+
+
+LINE = (
+    st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+)
+
+
+@given(st.lists(LINE, min_size=CAPTIONS, max_size=CAPTIONS))
+def test_ten_lines_of_any_text_come_back_as_they_are(lines):
+    if not lines[0].startswith("\ufeff"):  # a mark of the encoding
+        assert parsed("\n".join(lines).encode()) == lines
+
+
+@given(st.dictionaries(st.sampled_from(["trainclasses", "valclasses", "testclasses"]), st.binary(max_size=60)))
+def test_class_lists_are_disjoint_or_an_error(contents):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in contents.items():
+            Path(folder, f"{name}.txt").write_bytes(content)
+        try:
+            classes = load_classes(folder)
+        except DMVAEError:
+            return
+    members = [number for numbers in classes.values() for number in numbers]
+    assert len(members) == len(set(members))
 
 
 # --- files that are missing --------------------------------------------------------------------------------------
@@ -299,68 +361,37 @@ def test_other_labels_are_an_error(root):
 
 
 def test_subset_without_weights_names_the_file(root):
-    with pytest.raises(DMVAEError, match="weights of squeezenet1_0 are missing: .*squeezenet1_0-imagenet.safetensors"):
-        load_flowers("subset", root, progress=False)
+    with pytest.raises(
+        DMVAEError, match="weights of .*squeezenet1_0 cannot be loaded from .*squeezenet1_0-imagenet.safe.*No such"
+    ):
+        load_flowers("subset", root)
 
 
-def test_full_downloads_only_what_is_missing_and_whole(root, monkeypatch):
-    calls = []
-
-    def download(folder, download):
-        calls.append(folder)
-        target = Path(folder, "flowers-102")
-        (target / "jpg").mkdir(parents=True)
-        if len(calls) == 1:
-            raise RuntimeError("connection reset")
-        (target / "jpg" / "image_00001.jpg").write_bytes(b"new")
-        for name in ("imagelabels.mat", "setid.mat"):
-            (target / name).write_bytes(b"new")
-
-    monkeypatch.setattr(torchvision.datasets, "Flowers102", download)
-    labels = (root / "flowers-102" / "imagelabels.mat").read_bytes()
-    (root / "flowers-102" / "jpg").rename(root / "old")
-    with pytest.raises(DMVAEError, match="there is no .*jpg and fetching it failed .connection reset"):
-        flowers._download_images(root)
-    assert not (root / "flowers-102" / "jpg").exists() and not list(root.glob(".download-*"))
-    flowers._download_images(root)
-    assert (root / "flowers-102" / "jpg" / "image_00001.jpg").read_bytes() == b"new"
-    assert (root / "flowers-102" / "imagelabels.mat").read_bytes() == labels
-    flowers._download_images(root)
-    assert len(calls) == 2
+def test_what_the_manifest_lists_is_held_to_it(root):
+    path = caption_file(root, 4)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (root / "MANIFEST.sha256").write_text(f"{digest}  {path.relative_to(root).as_posix()}\n")
+    load_oxford(root)
+    path.write_text(path.read_text().replace("a flower", "no flower"))
+    with pytest.raises(DMVAEError, match="image_00004.txt .* has SHA-256"):
+        load_oxford(root)
 
 
-# --- fetch -------------------------------------------------------------------------------------------------------
-
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
+# --- downloads ---------------------------------------------------------------------------------------------------
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT; the path says what goes wrong: drop (half of what is asked for arrives), wrong, slow, norange."""
+    """Serves the server's files."""
 
     def do_GET(self):
-        server = self.server
-        server.requests.append(self.headers.get("Range"))
-        start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and self.path != "/norange" else 0
-        if self.path == "/missing":
+        self.server.requests.append(self.path)
+        body = self.server.files.get(self.path)
+        if body is None:
             return self.send_error(404)
-        if start >= len(CONTENT):
-            return self.send_error(416)
-        body = CONTENT[start:] if self.path != "/wrong" else CONTENT[start:-1] + b"!"
-        body = server.archive if self.path == "/archive" else body
-        self.send_response(206 if start else 200)
+        self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
-        if self.path == "/slow":
-            self.wfile.write(body[:1000])
-            self.wfile.flush()
-            server.stopped.wait(10)
-        elif self.path in ("/drop", "/norange") and len(server.requests) < server.whole_after:
-            self.wfile.write(body[: len(body) // 2])
-        else:
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -369,90 +400,117 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.stopped, server.whole_after, server.archive = [], threading.Event(), 3, b""
+    server.requests, server.files = [], {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
-    server.stopped.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_fetch_gives_the_file_once(server, tmp_path):
-    path = fetch(f"{server.url}/file", tmp_path / "sub" / "file", DIGEST.upper())
-    assert path.read_bytes() == CONTENT and names(path.parent) == ["file"]
-    fetch(f"{server.url}/file", path, DIGEST)
-    assert server.requests == [None]
-
-
-def test_fetch_goes_on_after_dropped_connections(server, tmp_path):
-    assert fetch(f"{server.url}/drop", tmp_path / "file", DIGEST).read_bytes() == CONTENT
-    assert server.requests == [None, f"bytes={len(CONTENT) // 2}-", f"bytes={len(CONTENT) * 3 // 4}-"]
-
-
-def test_fetch_starts_again_where_the_server_cannot_resume(server, tmp_path):
-    assert fetch(f"{server.url}/norange", tmp_path / "file", DIGEST).read_bytes() == CONTENT
-
-
-def test_a_part_is_kept_for_the_next_run_and_never_taken_for_the_file(server, tmp_path):
-    server.whole_after = 99
-    with pytest.raises(DMVAEError, match="cannot fetch .*/drop in 3 attempts .*after .* bytes are kept"):
-        fetch(f"{server.url}/drop", tmp_path / "file", DIGEST)
-    assert names(tmp_path) == ["file.part"]
-    held = (tmp_path / "file.part").stat().st_size
-    server.whole_after = 0
-    assert fetch(f"{server.url}/drop", tmp_path / "file", DIGEST).read_bytes() == CONTENT
-    assert server.requests[-1] == f"bytes={held}-" and names(tmp_path) == ["file"]
-
-
-def test_a_whole_part_that_was_not_yet_checked_is_used(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(CONTENT)
-    assert fetch(f"{server.url}/file", tmp_path / "file", DIGEST).read_bytes() == CONTENT
-
-
-def test_wrong_bytes_are_removed(server, tmp_path):
-    with pytest.raises(DMVAEError, match="/wrong gave 1,048,576 bytes with SHA-256 .*, expected .*removed"):
-        fetch(f"{server.url}/wrong", tmp_path / "file", DIGEST)
-    assert not names(tmp_path)
-
-
-def test_a_silent_server_times_out(server, tmp_path):
-    begun = time.monotonic()
-    with pytest.raises(DMVAEError, match="cannot fetch .*/slow in 2 attempts .*timed out"):
-        fetch(f"{server.url}/slow", tmp_path / "file", DIGEST, timeout=0.3, attempts=2)
-    assert time.monotonic() - begun < 5 and not (tmp_path / "file").exists()
-
-
-def test_refusals_and_bad_addresses_are_said_so(server, tmp_path):
-    with pytest.raises(DMVAEError, match="/missing: the server says 404"):
-        fetch(f"{server.url}/missing", tmp_path / "file", DIGEST)
-    assert len(server.requests) == 1
-    with pytest.raises(DMVAEError, match="cannot fetch file"):
-        fetch("file", tmp_path / "file", DIGEST)
-    with pytest.raises(DMVAEError, match="expected 64 hexadecimal digits"):
-        fetch(f"{server.url}/file", tmp_path / "file", "abc")
-    (tmp_path / "file").write_bytes(b"another")
-    with pytest.raises(DMVAEError, match="has SHA-256"):
-        fetch(f"{server.url}/file", tmp_path / "file", DIGEST)
-    assert (tmp_path / "file").read_bytes() == b"another"
-
-
-def test_the_captions_archive_is_unpacked_whole_or_not_at_all(server, root):
-    (root / "cvpr2016_flowers").rename(root / "elsewhere")
+def packed(folder, name, *members):
+    """A tar archive of a folder under a name of its own, and of further members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as file:
-        file.add(root / "elsewhere", arcname="cvpr2016_flowers")
-    server.archive = buffer.getvalue()
-    fetch_captions(f"{server.url}/archive", hashlib.sha256(server.archive).hexdigest(), root)
+        file.add(folder, arcname=name)
+        for member in members:
+            file.addfile(member)
+    return buffer.getvalue()
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_images_are_downloaded_by_torchvision_and_verified(root, server, tmp_path, monkeypatch):
+    images = packed(root / "flowers-102" / "jpg", "jpg")
+    server.files = {f"/{path.name}": path.read_bytes() for path in (root / "flowers-102").glob("*.mat")}
+    server.files["/102flowers.tgz"] = images[:-1] + b"!"
+    known = torchvision.datasets.Flowers102._file_dict | {"image": ("102flowers.tgz", hashlib.md5(images).hexdigest())}
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", known)
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_download_url_prefix", f"{server.url}/")
+    new = tmp_path / "new"
+    new.mkdir()
+    (root / "cvpr2016_flowers").rename(new / "cvpr2016_flowers")
+    with pytest.raises(DMVAEError, match="there is no .*flowers-102 and fetching it failed"):
+        load_oxford(new, download=True)
+    server.files["/102flowers.tgz"] = images
+    assert load_oxford(new, download=True).labels.tolist() == LABELS
+    asked = len(server.requests)
+    load_oxford(new, download=True)
+    assert len(server.requests) == asked
+
+
+def test_the_captions_archive_is_fetched_and_unpacked(server, root):
+    (root / "cvpr2016_flowers").rename(root / "elsewhere")
+    archive = packed(root / "elsewhere", "cvpr2016_flowers")
+    server.files["/archive"] = archive
+    before = sorted(root.iterdir())
+    assert fetch_captions(f"{server.url}/archive", digest_of(archive).upper(), root) == root / "cvpr2016_flowers"
     assert load_classes(root / "cvpr2016_flowers")["test"] == (2,) and len(load_oxford(root).captions) == 8
+    assert sorted(root.iterdir()) == sorted([*before, root / "cvpr2016_flowers"])
     with pytest.raises(DMVAEError, match="is there already"):
-        fetch_captions(f"{server.url}/archive", DIGEST, root)
+        fetch_captions(f"{server.url}/archive", digest_of(archive), root)
 
 
-def test_an_archive_that_cannot_be_unpacked_leaves_nothing(server, tmp_path):
-    server.archive = b"no archive"
-    with pytest.raises(DMVAEError, match="cannot be unpacked"):
-        fetch_captions(f"{server.url}/archive", hashlib.sha256(server.archive).hexdigest(), tmp_path)
-    assert names(tmp_path) == ["cvpr2016_flowers.tar.gz"]
+def member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("archive", "message"),
+    [
+        (lambda folder: b"no archive", "tar archive of a folder cvpr2016_flowers"),
+        (lambda folder: packed(folder, "another"), "tar archive of a folder cvpr2016_flowers"),
+        (lambda folder: packed(folder, "cvpr2016_flowers")[:-200], "tar archive of a folder cvpr2016_flowers"),
+        (
+            lambda folder: packed(
+                folder, "cvpr2016_flowers", member("cvpr2016_flowers/a", type=tarfile.SYMTYPE, linkname="text_c10")
+            ),
+            "cvpr2016_flowers/a is no plain file",
+        ),
+        (
+            lambda folder: packed(
+                folder,
+                "cvpr2016_flowers",
+                member("cvpr2016_flowers/b", type=tarfile.LNKTYPE, linkname="cvpr2016_flowers/valclasses.txt"),
+            ),
+            "cvpr2016_flowers/b is no plain file",
+        ),
+        (lambda folder: packed(folder, "cvpr2016_flowers", member("../../evil")), "outside the destination"),
+        (
+            lambda folder: packed(folder, "cvpr2016_flowers", member("cvpr2016_flowers/../../../evil")),
+            "outside the dest",
+        ),
+    ],
+)
+def test_an_archive_that_is_none_or_leaves_its_folder_is_refused_and_leaves_nothing(server, root, archive, message):
+    content = server.files["/archive"] = archive(root / "cvpr2016_flowers")
+    new = root / "new" / "data"
+    with pytest.raises(DMVAEError, match=message):
+        fetch_captions(f"{server.url}/archive", digest_of(content), new)
+    assert not list(new.iterdir()) and not (root / "evil").exists() and not (root / "new" / "evil").exists()
+
+
+def test_other_bytes_and_servers_that_refuse_leave_nothing(server, root, tmp_path):
+    content = packed(root / "cvpr2016_flowers", "cvpr2016_flowers")
+    server.files["/archive"] = content[:-1] + b"!"
+    new = tmp_path / "new"
+    for address, message in (
+        (f"{server.url}/archive", "does not match the known hash"),
+        (f"{server.url}/missing", "404"),
+        ("no address", "cannot fetch no address"),
+    ):
+        with pytest.raises(DMVAEError, match=message):
+            fetch_captions(address, digest_of(content), new)
+        assert not list(new.iterdir())
+    asked = len(server.requests)
+    for digest in ("", "abc", None):
+        with pytest.raises(DMVAEError, match="expected 64 hexadecimal digits"):
+            fetch_captions(f"{server.url}/archive", str(digest or ""), new)
+    assert len(server.requests) == asked

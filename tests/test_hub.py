@@ -118,15 +118,10 @@ def test_a_pinned_revision_is_loaded_after_a_later_push(answer):
     assert answer["newest"] == answer["second"]
 
 
-def test_an_experiment_is_loaded_from_the_hub_without_networks(answer):
-    assert answer["experiment"] == answer["dmvae"]
-
-
 def test_the_card_names_the_model_and_its_modalities(answer):
     (first, *_) = FakeHub.commits.values()
     card = first["README.md"].decode()
     assert "# DMVAE of audio and video" in card and "library_name: dmvae_lib" in card
-    assert "More Information Needed" not in card
     assert set(first) == {"README.md", "config.json", "model.safetensors"}
 
 

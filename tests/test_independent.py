@@ -1,16 +1,23 @@
 """MultiVae, given our networks, computes our objectives: so a difference between the trained models is no artefact."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from dmvae_lib import independent
-from dmvae_lib.data import PairedData
+from dmvae_lib import PairedData, Schedule
 from dmvae_lib.distributions import Laplace
-from dmvae_lib.experiments import DMVAE_DIGITS, TABLE1, build
-from dmvae_lib.profiles import get_profile
-from dmvae_lib.training import Schedule, batches
+from dmvae_lib.paper.data import Splits
+from dmvae_lib.paper.profiles import get_profile
+from dmvae_lib.paper.rows.digits import TABLE1
+from dmvae_lib.paper.runs import Run, Setting
+from dmvae_lib.training import batches
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import independent  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -20,11 +27,11 @@ def installed(one_thread):
     pytest.importorskip("multivae")
 
 
-def tiny(experiment, **sizes):
+def tiny(row, **sizes):
     torch.manual_seed(0)
-    model = build(experiment, replace(get_profile("quick"), width=0.125, **sizes))
     items = {"mnist": torch.rand(30, 1, 28, 28), "svhn": torch.rand(30, 3, 32, 32)}
-    return model, PairedData.pair(items, dict.fromkeys(items, torch.arange(30) % 10), permutations=1)
+    data = PairedData.pair(items, dict.fromkeys(items, torch.arange(30) % 10), permutations=1)
+    return row.model(Splits(data, data, {}, "embedded"), replace(get_profile("quick"), width=0.125, **sizes)), data
 
 
 def their_trainer(model, data):
@@ -41,7 +48,7 @@ def losses(model, data):
 
 
 def test_dmvae_is_eq_3_when_nothing_is_drawn():
-    model, data = tiny(DMVAE_DIGITS)
+    model, data = tiny(TABLE1["DMVAE"])
     with torch.no_grad():
         for name, dim in model.private_dims.items():  # posteriors of (almost) no variance: every draw is the mean
             last = model.encoders[name][-1]
@@ -80,11 +87,28 @@ def test_mmvae_has_the_same_gradient_when_the_same_is_drawn(monkeypatch):
         assert (ours - theirs).norm() < 1e-3 * ours.norm()
 
 
-@pytest.mark.parametrize("row", independent.ROWS)
+@pytest.mark.parametrize("row", independent.OURS)
 def test_it_trains_our_model_in_place_and_each_pair_once(row):
-    model, data = tiny(independent.ROWS[row], particles=2)
+    model, data = tiny(independent.OURS[row], particles=2)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    independent.fit(data, Schedule(steps=2, batch_size=10, learning_rate=1e-2), 0, CPU, model)
+    independent.fit(Schedule(steps=2, batch_size=10, learning_rate=1e-2), CPU, model, data, 0)
     assert not [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
     rows = independent.Pairs(data, Schedule(steps=3, batch_size=10), 0).rows
     assert sorted(rows.tolist()) == list(range(30))
+
+
+def test_its_row_leaves_an_entry_of_its_own_scored_as_ours_is(tmp_path):
+    """Networks, pairs and budget are the row's own: what decides a run differs in the name alone."""
+    model, data = tiny(TABLE1["DMVAE"])
+    profile = replace(get_profile("smoke"), width=0.125, batch_size=10)
+    place = Setting(profile, device="cpu", runs=tmp_path / "runs", results=tmp_path / "results")
+    ours = replace(
+        TABLE1["DMVAE"], evaluate=lambda run: {"scores": {"parameters": sum(map(torch.numel, run.model.parameters()))}}
+    )
+    theirs = independent.theirs(ours, place)
+    assert (theirs.name, theirs.evaluate) == ("multivae-dmvae", ours.evaluate)
+    configs = [row.config(profile, 0) for row in (ours, theirs)]
+    assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"row"}
+    entry = Run(theirs, 0, place).entry
+    assert entry["row"] == "multivae-dmvae" and entry["title"].startswith("DMVAE, MultiVae ")
+    assert entry["scores"] == {"parameters": sum(map(torch.numel, model.parameters()))}

@@ -1,5 +1,6 @@
 """The project's own promises: one set of versions, notebooks that can be run and are committed executed."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,13 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from dmvae_lib.files import verify
+from dmvae_lib.paper.rows import ROWS
+from dmvae_lib.paper.runs import setting
+from dmvae_lib.paper.tables import index, ledger, table
+
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/manifest.json") if "@" not in path.parent.name)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Names that conda-forge spells differently, by their name on PyPI.
 CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
@@ -78,3 +85,27 @@ def test_notebooks_have_one_parameters_cell_and_compare_something_with_nbval(pat
     (parameters,) = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert [line.split(" = ")[0] for line in parameters.splitlines()] == ["profile", "seeds", "device", "data"]
     assert any("nbval-check-output" in tag for tag in tags)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_results_are_the_files_their_manifest_lists(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = {name: digest for entry in manifest.values() for name, digest in entry["files"].items()}
+    others = {"manifest.json", "configurations.json", ".lock"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} - others == set(listed)
+    for name, digest in listed.items():
+        verify(folder / name, digest)
+    used = {run for entry in manifest.values() for run in entry["runs"] if isinstance(run, str)}  # the older: no ledger
+    assert used <= {path.name for path in (folder / "runs").glob("*.json")}
+    ledger(setting(folder.name))  # whose seals hold
+
+
+@pytest.mark.parametrize("folder", [f for f in RESULTS if (f / "runs").exists()], ids=lambda folder: folder.name)
+def test_committed_ledgers_have_every_row_as_it_is_now(folder):
+    counted = table({name: row for name, row in ROWS.items()}, setting(folder.name))["seeds"].groupby("row").max()
+    assert not [name for name in ROWS if not counted[name]], f"run `make reproduce PROFILE={folder.name}`"
+
+
+def test_the_page_on_the_results_shows_what_is_there():
+    shown = (ROOT / "results" / "README.md").read_text("utf-8")
+    assert shown == index(ROOT / "results"), "dmvae_lib.paper.tables.write_pages puts it right"

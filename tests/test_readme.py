@@ -5,7 +5,10 @@ from pathlib import Path
 
 import torch
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+from dmvae_lib.paper.tables import BEGIN, END, readme_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_on_ones_own_data_runs_learns_what_the_views_share_and_is_saved(tmp_path, monkeypatch):
@@ -26,4 +29,10 @@ def test_the_example_on_ones_own_data_runs_learns_what_the_views_share_and_is_sa
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).resolve().parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+def test_the_tables_are_those_of_results():
+    shown = README[README.index(BEGIN) + len(BEGIN) : README.index(END)]
+    expected = readme_tables(ROOT / "results").strip()
+    assert shown.strip() == expected, "dmvae_lib.paper.tables.write_pages puts them right"

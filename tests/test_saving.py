@@ -1,6 +1,5 @@
 """A saved model is the model, and a folder that does not hold it is refused by name of what is wrong."""
 
-import json
 import re
 from dataclasses import replace
 
@@ -10,10 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dmvae_lib import DMVAE, JMVAE, MMVAE, MVAE, TELBO, DMVAEError, Modality
-from dmvae_lib.experiments import DIGITS, build, load_experiment
-from dmvae_lib.models.flowers import FlowerDMVAE
-from dmvae_lib.networks import JointEncoder
-from dmvae_lib.profiles import get_profile
+from dmvae_lib.models import saving
 
 SHARED = 2
 
@@ -29,13 +25,22 @@ def modalities(private=1, hidden=5, **changes):
     return {"audio": one(4, 2.0), "video": one(3, 1.0)}
 
 
+class Together(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(7, 2 * SHARED)
+
+    def forward(self, batch):
+        return self.network(torch.cat([batch["audio"], batch["video"]], -1))
+
+
 def joint_encoder():
-    return JointEncoder({"audio": nn.Linear(4, 3), "video": nn.Linear(3, 3)}, 6, SHARED, 4)
+    return Together()
 
 
 BATCH = {"audio": torch.randn(6, 4), "video": torch.randn(6, 3)}
 MODELS = {  # each with constructor arguments that are not the defaults
-    "DMVAE": lambda: DMVAE(modalities(), SHARED, without={"audio<-joint", "video<-audio/kl_shared"}),
+    "DMVAE": lambda: DMVAE(modalities(), SHARED, without={"audio<-joint", "kl(video<-audio/shared)"}),
     "MVAE": lambda: MVAE(modalities(0), SHARED),
     "MMVAE": lambda: MMVAE(modalities(0), SHARED, particles=3),
     "JMVAE": lambda: JMVAE(modalities(0), SHARED, joint_encoder(), alpha=0.3),
@@ -53,7 +58,7 @@ def test_what_is_loaded_has_the_saved_objective_and_weights(name, tmp_path):
     model = MODELS[name]().eval()
     model.save(tmp_path / "new" / "folder")
     networks = {"joint_encoder": joint_encoder()} if name in ("JMVAE", "TELBO") else {}
-    again = type(model).load(tmp_path / "new" / "folder", modalities(1 if name == "DMVAE" else 0), **networks)
+    again = type(model).from_pretrained(tmp_path / "new" / "folder", modalities(1 if name == "DMVAE" else 0), **networks)
     assert loss(again) == loss(model)
     assert not again.training
 
@@ -70,27 +75,21 @@ def test_three_modalities_and_shared_networks(tmp_path):
     assert loss(again, batch) == loss(model, batch)
 
 
-@pytest.mark.parametrize("experiment", DIGITS, ids=lambda experiment: experiment.name)
-def test_the_librarys_own_digit_models_need_no_networks(experiment, tmp_path):
-    profile = replace(get_profile("quick"), width=0.1, particles=2, weights=(7.0, 3.0))
-    model = build(experiment, profile).eval()
+def test_what_is_known_about_a_model_is_saved_with_it(tmp_path):
+    about = {"row": "dmvae", "seed": 3, "profile": {"name": "quick", "width": 0.5}}
+    model = DMVAE(modalities(), SHARED)
+    model.about = about
     model.save(tmp_path)
-    again = load_experiment(tmp_path)
-    assert json.dumps(again.experiment) == json.dumps(model.experiment)
-    batch = {"mnist": torch.rand(3, 1, 28, 28), "svhn": torch.rand(3, 3, 32, 32)}
-    assert loss(again, batch) == loss(model, batch)
+    assert saving.read_config(tmp_path)["about"] == about
+    assert DMVAE.load(tmp_path, modalities()).about == about  # which are not the constructor's: the networks are
 
 
-def test_the_flower_model_needs_no_networks(tmp_path):
-    model = FlowerDMVAE(5, 6, 4, (1, 2), 7, 8, (0.3, 0.4), matching=2.0, without=["image<-text"]).eval()
-    model.save(tmp_path)
-    again = FlowerDMVAE.load(tmp_path)
-    batch, labels = {"image": torch.randn(4, 5), "text": torch.randn(4, 3, 6)}, torch.tensor([0, 0, 1, 1])
-    totals = []
-    for one in (model, again):
-        torch.manual_seed(0)
-        totals.append(one.loss(batch, labels).total.item())
-    assert totals[0] == totals[1]
+def test_the_card_says_how_to_load_the_model():
+    model = DMVAE(modalities(), SHARED)
+    assert 'DMVAE.from_pretrained("this repository", modalities, revision=' in model.card()
+    assert "# DMVAE of audio and video" in model.card() and "pretrained(" in model.card()
+    model.about = {"row": "dmvae"}
+    assert 'dmvae_lib.paper.pretrained("this repository"' in model.card() and "Modality(" not in model.card()
 
 
 @pytest.fixture
@@ -115,11 +114,9 @@ def test_other_modalities_are_refused_by_name(given, message, folder):
         DMVAE.load(folder, given())
 
 
-def test_a_model_of_another_class_and_one_of_no_experiment(folder):
+def test_a_model_of_another_class(folder):
     with pytest.raises(DMVAEError, match="holds a model DMVAE; load it with DMVAE.load"):
         MVAE.load(folder, modalities(0))
-    with pytest.raises(DMVAEError, match="no experiment's; load it with DMVAE.load"):
-        load_experiment(folder)
 
 
 def test_missing_damaged_and_foreign_files(folder, tmp_path_factory):
@@ -140,7 +137,6 @@ def test_missing_damaged_and_foreign_files(folder, tmp_path_factory):
 
 def test_saving_over_a_model_leaves_the_new_one_or_a_checked_mixture(folder, monkeypatch):
     """Cut off between the two files, the folder is refused, not taken for the old model nor for the new one."""
-    import dmvae_lib.models.saving as saving
 
     def cut_off(*arguments):
         raise KeyboardInterrupt

@@ -16,15 +16,13 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import pytest
 import stress
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from papermill.translators import PythonTranslator
 
-from dmvae_lib import DMVAEError, files, report, runs, source
+from dmvae_lib import DMVAEError, files, runs, source
 from dmvae_lib.data import features
 from dmvae_lib.models import Terms
 from dmvae_lib.training import train
@@ -289,95 +287,6 @@ FEATURES = [
 ]
 
 
-# --- results ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def results(tmp_path):
-    place = stress.place_of(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    cells = [nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]})]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "03_table1.ipynb")
-    made = stress.small_run(place)
-    table = report.compare({"DMVAE": [{"joint": 0.5}]}, {})
-    report.Results(place, "03_table1").table("table1", table, "Table 1.", [made])
-    return place, made, table
-
-
-def test_fresh_results_are_not_marked(results):
-    place, _, _ = results
-    assert report.stale(place.results) == {"table1": []}
-    assert "**Stale**" not in report.index(place.results.parent)
-
-
-def test_a_rehearsals_results_are_on_no_page(results):
-    folder = results[0].results
-    assert f"## Profile `{folder.name}`" in report.index(folder.parent)
-    folder.rename(folder.with_name("paper@1e-5"))
-    assert "## Profile" not in report.index(folder.parent)
-
-
-def test_what_has_changed_since_is_named_on_the_page_and_above_the_readmes_table(results, edited, tmp_path):
-    place, _, _ = results
-    edited("dmvae_lib.models.dmvae", "return ", "return 2 * ")
-    edited("dmvae_lib.metrics", "return ", "return 2 * ")
-    (place.results / "table1.csv").write_text("better numbers")
-    notebook = tmp_path / "notebooks" / "03_table1.ipynb"
-    notebook.write_text(notebook.read_text().replace("1 + 1", "1 + 2").replace("a = 1", "a = 2"))
-    expected = ["`table1.csv`", "`dmvae_lib.metrics`", "`dmvae_lib.models.dmvae`", "`notebooks/03_table1.ipynb`"]
-    assert report.stale(place.results) == {"table1": expected}
-    assert f"**Stale**: changed since: {', '.join(expected)}" in report.index(place.results.parent)
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- results: written by `make reproduce`, do not edit -->\n<!-- end of results -->\n")
-    report.readme_tables(readme, place.results.parent)
-    assert "**Stale**: changed since: `table1.csv`" in readme.read_text()
-
-
-def test_parameters_of_a_notebook_do_not_make_its_results_stale(results, tmp_path):
-    notebook = tmp_path / "notebooks" / "03_table1.ipynb"
-    notebook.write_text(notebook.read_text().replace("a = 1", "a = 2"))
-    assert report.stale(results[0].results) == {"table1": []}
-
-
-def test_a_table_of_another_version_of_a_run_than_a_newer_table_is_marked(results, monkeypatch):
-    place, made, table = results
-    other = replace(made, info=made.info | {"hash": "another", "config": made.info["config"] | {"more": 1}})
-    other.info["hash"] = runs.configuration_hash(other.info["config"])
-    monkeypatch.setattr(report, "provenance", lambda device: runs.provenance(device) | {"finished": "2999"})
-    report.Results(place, "03_table1").table("table3", table, "Table 3.", [other])
-    assert report.stale(place.results) == {"table1": ["run small, seed 0"], "table3": []}
-
-
-def test_another_version_of_the_library_marks(results, monkeypatch):
-    monkeypatch.setattr(report, "version", lambda name: "9.9")
-    (whys,) = report.stale(results[0].results).values()
-    assert whys == ["version 0.1.0 of the library, now 9.9"]
-
-
-def test_a_run_of_other_source_gets_into_no_table(results, edited):
-    place, made, table = results
-    edited("dmvae_lib.networks", "return ", "return 2 * ")
-    other = replace(made, info=made.info | {"config": made.info["config"] | {"code": {"dmvae_lib.networks": "0" * 12}}})
-    with pytest.raises(DMVAEError, match="table3: run .* was trained by another state of dmvae_lib.networks"):
-        report.Results(place, "03_table1").table("table3", table, "Table 3.", [other])
-    assert not (place.results / "table3.csv").exists()
-
-
-@pytest.mark.parametrize(
-    "folder", sorted((ROOT / "results").glob("*/manifest.json")), ids=lambda path: path.parent.name
-)
-def test_committed_results_are_the_files_their_manifest_lists(folder):
-    manifest = report.read_manifest(folder.parent)
-    for entry in manifest.values():
-        for name, digest in entry["files"].items():
-            files.verify(folder.with_name(name), digest)
-    listed = {name for entry in manifest.values() for name in entry["files"]} | {"manifest.json", "configurations.json"}
-    there = {path.name for path in folder.parent.iterdir() if path.is_file() and path.name != ".lock"}
-    assert there == listed
-    configurations = report._configurations(folder.parent)
-    assert {run["configuration"] for entry in manifest.values() for run in entry["runs"]} <= set(configurations)
-
-
 # --- nothing foreign runs -----------------------------------------------------------------------------------------
 
 
@@ -407,43 +316,6 @@ def test_cached_torchvision_weights_that_are_damaged_are_refused(tmp_path, monke
     kept.write_bytes(b"half of it")
     with pytest.raises(DMVAEError, match="squeezenet1_0-b66bff10.pth is truncated or damaged.*Delete it"):
         features.image_features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "squeezenet1_0", progress=False)
-
-
-@given(st.one_of(st.text(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()))
-def test_notebook_parameters_are_values_not_code(value):
-    names = ("profile", "seeds", "device", "data")
-    text = PythonTranslator.codify(dict.fromkeys(names, value), "Parameters")
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return  # refused
-    assert all(isinstance(node, ast.Assign) for node in tree.body)
-    assert [(node.targets[0].id, ast.literal_eval(node.value)) for node in tree.body] == [
-        (name, value) for name in names
-    ]
-
-
-NASTY = [
-    'quick"; import os; os.system("true")  #',
-    "quick'\nimport os\n'",
-    "../../quick",
-    "quick@0.5/../..",
-    "quick\0",
-    "",
-    3,
-]
-
-
-@pytest.mark.parametrize("value", NASTY)
-def test_values_of_parameters_that_are_none_are_refused(value):
-    with pytest.raises(DMVAEError, match="profile"):
-        runs.setting(value)
-    with pytest.raises(DMVAEError, match="device"):
-        runs.setting(device=value)
-    with pytest.raises(DMVAEError, match="seeds"):
-        runs.setting(seeds=value if isinstance(value, str) else True)
-    with pytest.raises(DMVAEError, match="data"):
-        runs.setting(data=3 if isinstance(value, int) else f"{value}\0")
 
 
 def test_the_lab_listens_to_this_machine_alone_and_wants_a_token(tmp_path):

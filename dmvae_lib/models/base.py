@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from dmvae_lib.errors import DMVAEError
 from dmvae_lib.models.saving import Saved
 
 Batch = Mapping[str, Tensor]
+Observed = Mapping[str, Tensor]  # {name: (B,) bool}: which items of a modality are there; all, where a name is absent
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {"bernoulli": bernoulli, "gaussian": gaussian, "laplace": laplace}
 
 
@@ -54,39 +56,68 @@ class Modality:
             )
 
 
-class Posterior(NamedTuple):
-    """q(z | x) for the modalities that were observed.
+@dataclass(frozen=True)
+class Terms:
+    """The terms of an objective, each a scalar, the mean over the batch.
 
-    private[name], shared[name]: each observed modality's own posteriors; joint: the shared posterior given all
-    that was observed. All have (B, d) parameters and `rsample`. targets[name]: what the decoder reconstructs, x or
-    features(x).
+    log_likelihoods: "target<-source", lambda_i included; kls: by what they are of, before beta; others: added to the
+    loss as they are, their weights included (Eq. 4, divergences between posteriors, losses that are no bound).
+    """
+
+    log_likelihoods: dict[str, Tensor] = field(default_factory=dict)
+    kls: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+    beta: float | Tensor = 1.0
+
+    @cached_property
+    def total(self) -> Any:
+        """The scalar to minimise: beta * (sum of KLs) - (sum of log-likelihoods) + (sum of the others)."""
+        return self.beta * sum(self.kls.values()) - sum(self.log_likelihoods.values()) + sum(self.others.values())
+
+    def flat(self) -> dict[str, Tensor]:
+        """Every term by one name: "total", "log_likelihood(svhn<-mnist)", "kl(svhn<-mnist/private)", and the others."""
+        log_likelihoods = {f"log_likelihood({name})": value for name, value in self.log_likelihoods.items()}
+        kls = {f"kl({name})": value for name, value in self.kls.items()}
+        return {"total": self.total, **log_likelihoods, **kls, **self.others}
+
+
+class Posterior(NamedTuple):
+    """q(z | x) for the modalities that were observed, all with (B, d) parameters and `rsample`.
+
+    private[name], shared[name]: each modality's own posteriors; joint: the shared posterior given all that was
+    observed; experts[name]: the shared part as the encoder gives it (`shared` but for MVAE). targets[name]: what the
+    decoder reconstructs, x or features(x), of the items that are there. masks[name]: (B,) bool, which these are; None
+    if all are. Where an item is missing, its posteriors are N(0, I), which no objective counts.
     """
 
     private: dict[str, DiagonalGaussian]
     shared: dict[str, DiagonalGaussian]
     joint: DiagonalGaussian
     targets: dict[str, Tensor]
+    experts: dict[str, DiagonalGaussian]
+    masks: dict[str, Tensor] | None = None
+
+    def present(self, *names: str) -> Tensor | None:
+        """(B,) bool: the items that have all of these modalities; None for all items."""
+        return None if self.masks is None else torch.stack([self.masks[name] for name in names]).all(0)
+
+    def several(self) -> Tensor | None:
+        """(B,) bool: the items with two modalities or more, whose joint posterior is one of its own; None for all."""
+        return None if self.masks is None else torch.stack(list(self.masks.values())).sum(0) >= min(2, len(self.masks))
 
 
-@dataclass
-class Terms:
-    """The terms of an objective: `total` is the scalar to minimise, `parts` every term by name, mean over the batch.
-
-    Log-likelihoods in `parts` carry their weight lambda_i; total = -(sum of log-likelihoods - sum of KLs).
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.parts[name]
+def batch_mean(values: Tensor, *masks: Tensor | None) -> Tensor:
+    """The sum of values (..., B) over the items where all masks hold (None: all items), divided by B."""
+    for mask in masks:
+        values = values if mask is None else values * mask
+    return values.sum(-1) / values.shape[-1]
 
 
 class MultimodalVAE(nn.Module, Saved):
-    """Encoders, decoders, and what follows from them; a model adds `loss` and, where it differs, `joint`.
+    """Encoders, decoders, and what follows from them; a model adds `loss` and `joint`.
 
-    arguments: what its constructor takes besides networks, as JSON, and experiment: what `build` made it from, if it
-    did; `save` writes both.
+    arguments: what its constructor takes besides networks, as JSON; about: whatever else should be known of it, as
+    JSON. `save` writes both.
     """
 
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int):
@@ -98,7 +129,7 @@ class MultimodalVAE(nn.Module, Saved):
         self.names = tuple(modalities)
         self.shared_dim = shared_dim
         self.arguments: dict[str, Any] = {"shared_dim": shared_dim}
-        self.experiment: dict[str, Any] | None = None
+        self.about: dict[str, Any] = {}
         self.private_dims = {name: modality.private_dim for name, modality in modalities.items()}
         self.weights = {name: modality.weight for name, modality in modalities.items()}
         self.likelihoods: dict[str, Any] = {name: modality.likelihood for name, modality in modalities.items()}
@@ -108,56 +139,77 @@ class MultimodalVAE(nn.Module, Saved):
 
     # --- inference -------------------------------------------------------------------------------------------
 
-    def observe(self, name: str, x: Tensor) -> Tensor:
-        """What stands for x: features(x), or x itself for a modality without features."""
+    def infer(self, batch: Batch, observed: Observed | None = None) -> Posterior:
+        """Posteriors given any non-empty subset of the modalities, {name: (B, ...)}.
+
+        observed: {name: (B,) bool}, for modalities of which some items are missing: the networks do not see these, and
+        their values, NaN or not, do not matter.
+
+        Raises DMVAEError for unknown names, unequal batch sizes, masks of another form, items of which nothing is
+        observed, and, on the CPU, what `check` raises for.
+        """
+        size = self._check_form(batch)
+        masks = self._masks(batch, observed or {}, size)
+        private, shared, targets = {}, {}, {}
+        for name, x in batch.items():
+            rows = None if masks is None else masks[name].nonzero().flatten()
+            x = x if rows is None else x[rows]
+            if x.device.type == "cpu":  # elsewhere every look at a value would wait for the device
+                self._check_values(name, x)
+            x = self._observe(name, x)
+            statistics = self._statistics(name, x)
+            if rows is not None:
+                statistics = statistics.new_zeros(size, statistics.shape[1]).index_copy(0, rows, statistics)
+            private[name], shared[name] = self.posteriors(name, statistics)
+            # As targets, features are constants: they could otherwise collapse to what is easy to reconstruct.
+            targets[name] = x.detach() if name in self.features else x
+        names = [name for name in self.names if name in batch]
+        joint = self.joint([shared[name] for name in names], None if masks is None else [masks[n] for n in names])
+        return Posterior(private, {name: self.alone(q) for name, q in shared.items()}, joint, targets, shared, masks)
+
+    def posteriors(self, name: str, statistics: Tensor) -> tuple[Any, Any]:
+        """(q(z_p | x), the shared expert q(z_s | x)) of one modality from its encoder's (B, 2 p + 2 s) statistics."""
+        p, s = self.private_dims[name], self.shared_dim
+        private_mean, private_logvar, shared_mean, shared_logvar = statistics.split([p, p, s, s], -1)
+        return DiagonalGaussian(private_mean, private_logvar), DiagonalGaussian(shared_mean, shared_logvar)
+
+    def joint(self, experts: Sequence[Any], observed: Sequence[Tensor] | None = None) -> Any:
+        """The shared posterior given the modalities' experts; observed: for each, (B,) bool, where it takes part."""
+        raise NotImplementedError
+
+    def alone(self, expert: Any) -> Any:
+        """The shared posterior given one modality alone, from its expert."""
+        return expert
+
+    def encode(self, name: str, x: Tensor) -> tuple[Any, Any]:
+        """(q(z_p | x), the shared expert q(z_s | x)) of one modality; x (B, ...) as in the data."""
         self._known(name)
-        if name not in self.features:
+        return self.posteriors(name, self._statistics(name, self._observe(name, x)))
+
+    def _observe(self, name: str, x: Tensor) -> Tensor:
+        """What stands for x: features(x), or x itself for a modality without features."""
+        if name not in self.features or not len(x):
             return x
         try:
-            return self.features[name](x)
+            return self.features[name](x).to(self._like().dtype)
         except RuntimeError as error:
             raise DMVAEError(f"features of {name!r} reject input of shape {tuple(x.shape)}: {error}") from error
 
-    def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-        """(q(z_p | x), q(z_s | x)) of one modality, from the encoder's (B, 2 p + 2 s) statistics; x as observed."""
-        self._check(name, x)
-        private_dim = self.private_dims[name]
+    def _statistics(self, name: str, x: Tensor) -> Tensor:
+        expected = (len(x), 2 * self.private_dims[name] + 2 * self.shared_dim)
+        if not len(x):  # nothing of this modality in the batch: some networks take no empty one
+            return self._like().new_zeros(expected)
         try:
             statistics = self.encoders[name](x)
         except RuntimeError as error:  # torch's message names neither the modality nor the input's shape
             raise DMVAEError(f"encoder of {name!r} rejects input of shape {tuple(x.shape)}: {error}") from error
-        expected = (len(x), 2 * private_dim + 2 * self.shared_dim)
         if tuple(statistics.shape) != expected:
             raise DMVAEError(
                 f"encoder of {name!r} returned shape {tuple(statistics.shape)}, expected {expected}: private mean and "
-                f"log-variance ({private_dim} each), then shared mean and log-variance ({self.shared_dim} each)."
+                f"log-variance ({self.private_dims[name]} each), then shared mean and log-variance "
+                f"({self.shared_dim} each)."
             )
-        sizes = [private_dim, private_dim, self.shared_dim, self.shared_dim]
-        private_mean, private_logvar, shared_mean, shared_logvar = statistics.split(sizes, -1)
-        return DiagonalGaussian(private_mean, private_logvar), DiagonalGaussian(shared_mean, shared_logvar)
-
-    def joint(self, experts: Iterable[DiagonalGaussian]) -> DiagonalGaussian:
-        """The shared posterior given the observed modalities' experts."""
-        raise NotImplementedError
-
-    def infer(self, batch: Batch) -> Posterior:
-        """Posteriors given any non-empty subset of the modalities, {name: (B, ...)}.
-
-        Raises DMVAEError for unknown names, unequal batch sizes, values outside a Bernoulli's [0, 1] or not finite.
-        """
-        if not batch:
-            raise DMVAEError(f"no modality observed; give at least one of {', '.join(self.names)}.")
-        sizes = {name: len(x) for name, x in batch.items()}
-        if len(set(sizes.values())) > 1:
-            raise DMVAEError(f"modalities of one batch must have the same length, found {sizes}.")
-        observed = {name: self.observe(name, x) for name, x in batch.items()}
-        encoded = {name: self.encode(name, x) for name, x in observed.items()}
-        private = {name: pair[0] for name, pair in encoded.items()}
-        shared = {name: pair[1] for name, pair in encoded.items()}
-        joint = self.joint([shared[name] for name in self.names if name in shared])
-        # As targets, features are constants: they could otherwise collapse to what is easy to reconstruct.
-        targets = {name: x.detach() if name in self.features else x for name, x in observed.items()}
-        return Posterior(private, shared, joint, targets)
+        return statistics.to(self._like().dtype)  # networks may compute in lower precision; what follows does not
 
     # --- synthesis -------------------------------------------------------------------------------------------
 
@@ -166,24 +218,19 @@ class MultimodalVAE(nn.Module, Saved):
         self._known(name)
         leading = torch.broadcast_shapes(private.shape[:-1], shared.shape[:-1])
         code = torch.cat([private.expand(*leading, -1), shared.expand(*leading, -1)], -1)
-        return self.decoders[name](code.reshape(-1, code.shape[-1])).unflatten(0, leading)
+        return self.decoders[name](code.reshape(-1, code.shape[-1])).to(code.dtype).unflatten(0, leading)
 
     def mean(self, name: str, private: Tensor, shared: Tensor) -> Tensor:
         """E[x | z_p, z_s], or of the features that stand for x, shaped as `decode`."""
         return self.likelihoods[name].mean(self.decode(name, private, shared))
 
-    def log_likelihood(self, name: str, params: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z), summed over pixels and channels: params (..., B, *x.shape[1:]) -> (..., B), unweighted."""
-        if params.shape[params.dim() - x.dim() :] != x.shape:
-            raise DMVAEError(
-                f"decoder of {name!r} returns items of shape {tuple(params.shape[params.dim() - x.dim() + 1 :])}, "
-                f"the data has {tuple(x.shape[1:])}; both must be the same."
-            )
-        return self.likelihoods[name].log_prob(params, x).sum(tuple(range(1 - x.dim(), 0)))
+    def prior_distribution(self) -> Any:
+        """p(z_s), of shape (s,): N(0, I)."""
+        return DiagonalGaussian.standard(self.shared_dim, like=self._like())
 
     def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, s) shared codes from the prior, N(0, I)."""
-        return DiagonalGaussian.standard(n, self.shared_dim, like=self._like()).rsample(generator)
+        """(n, s) shared codes from the prior."""
+        return self.prior_distribution().rsample(generator, n)
 
     def private_prior(self, name: str, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """(*shape, p) private codes from N(0, I)."""
@@ -233,20 +280,83 @@ class MultimodalVAE(nn.Module, Saved):
         shared = self.prior(n, generator)
         return {name: self.mean(name, self.private_prior(name, n, generator=generator), shared) for name in self.names}
 
-    # --- objective -------------------------------------------------------------------------------------------
+    # --- likelihood and objective ----------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
-        """The objective on a complete batch; `beta` weighs every KL (1 in the papers, annealed by some)."""
+    def log_prob(self, name: str, params: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z), summed over pixels and channels: params (..., B, *x.shape[1:]) -> (..., B), unweighted."""
+        if params.shape[params.dim() - x.dim() :] != x.shape:
+            raise DMVAEError(
+                f"decoder of {name!r} returns items of shape {tuple(params.shape[params.dim() - x.dim() + 1 :])}, "
+                f"the data has {tuple(x.shape[1:])}; both must be the same."
+            )
+        return self.likelihoods[name].log_prob(params, x).sum(tuple(range(1 - x.dim(), 0)))
+
+    def reconstruction(self, name: str, posterior: Posterior, private: Tensor, shared: Tensor) -> Tensor:
+        """log p(x | z_p, z_s) of the batch that `posterior` came from, codes (..., B, p) and (..., B, s): (..., B),
+        zero where the item is missing."""
+        rows = None if posterior.masks is None else posterior.masks[name].nonzero().flatten()
+        if rows is not None:
+            private, shared = private[..., rows, :], shared[..., rows, :]
+        leading = torch.broadcast_shapes(private.shape[:-1], shared.shape[:-1])
+        if 0 in leading:
+            found = shared.new_zeros(leading)
+        else:
+            found = self.log_prob(name, self.decode(name, private, shared), posterior.targets[name])
+        if rows is None:
+            return found
+        return found.new_zeros(*leading[:-1], len(posterior.joint.mean)).index_copy(-1, rows, found)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        batch: Batch,
+        samples: int = 1_000,
+        observed: Observed | None = None,
+        generator: torch.Generator | None = None,
+        at_once: int = 10,
+    ) -> Tensor:
+        """(B,) importance-weighted estimate of log p(x) in nats, x what is observed of `batch` (Burda et al. 2016),
+
+            log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x),    z_k ~ q(z_s | x) prod_i q(z_pi | x_i),
+
+        which is below log p(x) on average and rises to it with K = `samples`. The lambda_i do not enter. at_once: samples
+        that are decoded together; more take more memory.
+        """
+        posterior, found = self.infer(batch, observed), []
+        prior = self.prior_distribution()
+        for k in (min(at_once, samples - done) for done in range(0, samples, at_once)):
+            shared = posterior.joint.rsample(generator, k)
+            log_w = prior.log_prob(shared) - posterior.joint.log_prob(shared)
+            for name, q in posterior.private.items():
+                private = q.rsample(generator, k)
+                present = posterior.present(name)
+                ratio = DiagonalGaussian.standard(*q.mean.shape, like=q.mean).log_prob(private) - q.log_prob(private)
+                log_w = log_w + (ratio if present is None else ratio * present)
+                log_w = log_w + self.reconstruction(name, posterior, private, shared)
+            found.append(log_w)
+        return torch.cat(found).logsumexp(0) - math.log(samples)
+
+    def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
+        """The objective; `beta` weighs every KL (1 in the papers, annealed by some). observed: as of `infer`."""
         raise NotImplementedError
 
-    def infer_all(self, batch: Batch) -> Posterior:
-        """`infer`, which for an objective needs every modality."""
+    def infer_all(self, batch: Batch, observed: Observed | None = None) -> Posterior:
+        """`infer`, which for an objective needs every modality in the batch, whole or with items missing."""
         missing = [name for name in self.names if name not in batch]
         if missing:
-            raise DMVAEError(f"the objective needs every modality; the batch lacks {', '.join(missing)}.")
-        return self.infer({name: batch[name] for name in self.names})
+            raise DMVAEError(
+                f"the objective needs every modality; the batch lacks {', '.join(missing)}. Where items are missing, "
+                "give the modality all the same, with a mask: loss(batch, observed={name: (B,) bool})."
+            )
+        return self.infer({name: batch[name] for name in self.names}, observed)
 
     # --- checks ----------------------------------------------------------------------------------------------
+
+    def check(self, batch: Batch, observed: Observed | None = None) -> None:
+        """Raises DMVAEError for observed values of the batch that are not finite, or outside a Bernoulli's [0, 1]."""
+        masks = self._masks(batch, observed or {}, self._check_form(batch))
+        for name, x in batch.items():
+            self._check_values(name, x if masks is None else x[masks[name]])
 
     def _like(self) -> Tensor:
         return next(self.parameters())
@@ -255,14 +365,43 @@ class MultimodalVAE(nn.Module, Saved):
         if name not in self.names:
             raise DMVAEError(f"unknown modality {name!r}; this model has {', '.join(self.names)}.")
 
-    def _check(self, name: str, x: Tensor) -> None:
-        self._known(name)
-        if x.dim() < 2:
-            raise DMVAEError(f"{name!r} has shape {tuple(x.shape)}; expected (B, ...): give single features as (B, 1).")
-        if not x.is_floating_point():
-            raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
-        if x.is_cuda and torch.cuda.get_sync_debug_mode():  # whoever calls must not wait for the GPU's values
-            return
+    def _check_form(self, batch: Batch) -> int:
+        if not batch:
+            raise DMVAEError(f"no modality observed; give at least one of {', '.join(self.names)}.")
+        for name, x in batch.items():
+            self._known(name)
+            if x.dim() < 2:
+                raise DMVAEError(
+                    f"{name!r} has shape {tuple(x.shape)}; expected (B, ...): give single features as (B, 1)."
+                )
+            if not x.is_floating_point():
+                raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
+        sizes = {name: len(x) for name, x in batch.items()}
+        if len(set(sizes.values())) > 1:
+            raise DMVAEError(f"modalities of one batch must have the same length, found {sizes}.")
+        return next(iter(sizes.values()))
+
+    def _masks(self, batch: Batch, observed: Observed, size: int) -> dict[str, Tensor] | None:
+        """A mask for every modality of the batch, or None if no item is said to be missing."""
+        for name, mask in observed.items():
+            if name not in batch:
+                raise DMVAEError(f"observed: {name!r} is not in the batch, which holds {', '.join(batch)}.")
+            if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
+                raise DMVAEError(
+                    f"observed[{name!r}] has shape {tuple(mask.shape)} and {mask.dtype}; expected ({size},), torch.bool."
+                )
+        if not observed:
+            return None
+        full = torch.ones(size, dtype=torch.bool, device=next(iter(batch.values())).device)
+        masks = {name: observed.get(name, full) for name in batch}
+        nothing = ~torch.stack(list(masks.values())).any(0)
+        if full.device.type == "cpu" and nothing.any():
+            raise DMVAEError(
+                f"nothing is observed of {int(nothing.sum())} items, first item {int(nothing.nonzero()[0])}; leave them out."
+            )
+        return masks
+
+    def _check_values(self, name: str, x: Tensor) -> None:
         low, high = (bound.item() for bound in x.aminmax()) if x.numel() else (0.0, 0.0)
         if not math.isfinite(low + high):  # aminmax propagates NaN
             raise DMVAEError(f"{name!r} holds values that are not finite; remove or replace them before training.")
@@ -285,21 +424,17 @@ class SharedVAE(MultimodalVAE):
                 "the encoder return (B, 2 * shared_dim) statistics, or use DMVAE."
             )
 
-    def weighted_log_likelihood(self, name: str, z: Tensor, x: Tensor) -> Tensor:
-        """lambda_i log p(x_i | z) of codes z (..., B, s): (..., B)."""
-        return self.weights[name] * self.log_likelihood(name, self.decode(name, z[..., :0], z), x)
+    def weighted(self, name: str, posterior: Posterior, z: Tensor) -> Tensor:
+        """lambda_i log p(x_i | z) of codes z (..., B, s): (..., B), zero where the item is missing."""
+        return self.weights[name] * self.reconstruction(name, posterior, z[..., :0], z)
 
-    def elbo(self, bound: str, q: DiagonalGaussian, batch: Batch) -> dict[str, Tensor]:
-        """The terms of E_q[sum_i lambda_i log p(x_i | z)] - KL(q || p), i over `batch`, from one sample of q.
-
-        They are named "bound/log_likelihood(name)" and "bound/kl".
-        """
+    def elbo(
+        self, source: str, q: DiagonalGaussian, posterior: Posterior, targets: Sequence[str], mask: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(log-likelihoods "target<-source", KLs "source") of E_q[sum_i lambda_i log p(x_i | z)] - KL(q || p), i over
+        `targets`, from one sample of q; mask: the items (B,) that have this bound, None for all."""
         z = q.rsample()
-        log_likelihoods = {name: self.weighted_log_likelihood(name, z, x).mean() for name, x in batch.items()}
-        parts = {f"{bound}/log_likelihood({name})": value for name, value in log_likelihoods.items()}
-        return parts | {f"{bound}/kl": q.kl().mean()}
-
-    @staticmethod
-    def negative(parts: Mapping[str, Tensor], beta: float | Tensor) -> Tensor:
-        """beta * (sum of KLs) - (sum of log-likelihoods) of one or several bounds' terms."""
-        return sum(beta * value if name.endswith("/kl") else -value for name, value in parts.items())
+        return (
+            {f"{name}<-{source}": batch_mean(self.weighted(name, posterior, z), mask) for name in targets},
+            {source: batch_mean(q.kl(), mask)},
+        )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dmvae_lib.distributions import DiagonalGaussian, product_of_experts
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.models.base import Batch, Modality, MultimodalVAE, Posterior, Terms
-
-PARTS = ("log_likelihood", "kl_private", "kl_shared")
+from dmvae_lib.models.base import Batch, Modality, MultimodalVAE, Observed, Posterior, Terms, batch_mean
 
 
 class DMVAE(MultimodalVAE):
@@ -24,8 +22,12 @@ class DMVAE(MultimodalVAE):
     where s is "joint" (the product of all experts with the prior, Eq. 2), i itself, or any other modality.
     Each carries its own KLs; one sample of z_pi serves all reconstructions of x_i.
 
-    without: bounds to leave out by name ("svhn<-mnist", "mnist<-joint", …), whole or one part of them
-        ("svhn<-joint/log_likelihood"): this is how Table 3 is made.
+    Of an item with the modalities O observed, i and s run over O, and the joint posterior is the product over O with
+    the prior. With one modality observed the joint posterior is that modality's expert (end of Sec. 4.2), and the item
+    has one bound, its self-reconstruction. The mean is over all items of the batch.
+
+    without: bounds to leave out by name ("svhn<-mnist", "mnist<-joint", …), or one term of them by the name that
+        `Terms.flat` gives it ("log_likelihood(svhn<-joint)"): this is how Table 3 is made.
     """
 
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int, without: Iterable[str] = ()):
@@ -33,51 +35,65 @@ class DMVAE(MultimodalVAE):
         self.without = frozenset(without)
         self.arguments["without"] = sorted(self.without)
         bounds = [f"{target}<-{source}" for target in self.names for source in ("joint", *self.names)]
-        known = {*bounds, *(f"{bound}/{part}" for bound in bounds for part in PARTS)}
+        known = {name for bound in bounds for name in (bound, *terms_of(bound))}
         if self.without - known:
             raise DMVAEError(
                 f"DMVAE: unknown terms {sorted(self.without - known)}; expected names among {', '.join(bounds)}, "
-                f"or one of their parts, as in {bounds[0]}/{PARTS[0]}."
+                f"or one of their terms, as in {', '.join(terms_of(bounds[0]))}."
             )
 
-    def joint(self, experts: Iterable[DiagonalGaussian]) -> DiagonalGaussian:
+    def joint(self, experts: Sequence[DiagonalGaussian], observed: Sequence[Tensor] | None = None) -> DiagonalGaussian:
         """Eq. 2 with the prior expert; a single observed modality out of several stands alone (end of Sec. 4.2)."""
-        experts = list(experts)
         if len(experts) == 1 < len(self.names):
             return experts[0]
-        return product_of_experts(experts, prior=True)
+        product = product_of_experts(experts, prior=True, observed=observed)
+        if observed is None or len(experts) == 1:
+            return product
+        masks = torch.stack(list(observed))[..., None]  # (N, B, 1)
+        alone = masks.sum(0) == 1
+        mean, logvar = (
+            (torch.stack([getattr(q, part) for q in experts]) * masks).sum(0) for part in ("mean", "logvar")
+        )
+        return DiagonalGaussian(
+            torch.where(alone, mean, product.mean),
+            torch.where(alone, logvar, product.logvar),
+        )
 
-    def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
-        """Eq. 3 (negated). Terms are named "target<-source/part" with part in log_likelihood, kl_private, kl_shared.
+    def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
+        """Eq. 3, negated. Log-likelihoods "target<-source", KLs "target<-source/private" and "target<-source/shared".
 
         Shared codes are sampled once per source, private codes once per target.
         """
-        return self.bounds(self.infer_all(batch), beta)
+        return self.bounds(self.infer_all(batch, observed), beta)
 
     def bounds(self, posterior: Posterior, beta: float | Tensor = 1.0) -> Terms:
-        """Eq. 3 (negated) from the posterior given every modality, as `loss`."""
+        """Eq. 3, negated, from the posterior given the batch, as `loss`."""
         shared = {"joint": posterior.joint, **posterior.shared}
+        there = {"joint": posterior.several(), **{name: posterior.present(name) for name in posterior.shared}}
         codes = {source: q.rsample() for source, q in shared.items()}
-        kl_shared = {source: q.kl().mean() for source, q in shared.items()}
-        parts: dict[str, Tensor] = {}
+        kl_shared = {source: q.kl() for source, q in shared.items()}
+        terms = Terms(beta=beta)
         for target in self.names:
-            private = posterior.private[target]
-            kl_private = private.kl().mean()
-            sources = [source for source in shared if self._keeps(f"{target}<-{source}", "log_likelihood")]
-            if sources:  # all reconstructions of this target in one pass of its decoder
-                params = self.decode(target, private.rsample(), torch.stack([codes[source] for source in sources]))
-                log_likelihood = (
-                    self.log_likelihood(target, params, posterior.targets[target]).mean(-1) * self.weights[target]
-                )
-                parts |= {f"{target}<-{s}/log_likelihood": value for s, value in zip(sources, log_likelihood)}
+            private, kl_private = posterior.private[target], posterior.private[target].kl()
+            reconstructed = [s for s in shared if self._keeps(f"log_likelihood({target}<-{s})")]
+            if reconstructed:  # all reconstructions of this target in one pass of its decoder
+                stacked = torch.stack([codes[source] for source in reconstructed])
+                values = self.weights[target] * self.reconstruction(target, posterior, private.rsample(), stacked)
+                for source, value in zip(reconstructed, values):
+                    terms.log_likelihoods[f"{target}<-{source}"] = batch_mean(value, there[target], there[source])
             for source in shared:
-                bound = f"{target}<-{source}"
-                if self._keeps(bound, "kl_private"):
-                    parts[f"{bound}/kl_private"] = kl_private
-                if self._keeps(bound, "kl_shared"):
-                    parts[f"{bound}/kl_shared"] = kl_shared[source]
-        total = sum(-v if name.endswith("log_likelihood") else beta * v for name, v in parts.items())
-        return Terms(total, parts)
+                bound, both = f"{target}<-{source}", (there[target], there[source])
+                if self._keeps(f"kl({bound}/private)"):
+                    terms.kls[f"{bound}/private"] = batch_mean(kl_private, *both)
+                if self._keeps(f"kl({bound}/shared)"):
+                    terms.kls[f"{bound}/shared"] = batch_mean(kl_shared[source], *both)
+        return terms
 
-    def _keeps(self, bound: str, part: str) -> bool:
-        return bound not in self.without and f"{bound}/{part}" not in self.without
+    def _keeps(self, term: str) -> bool:
+        bound = term.partition("(")[2].rstrip(")").partition("/")[0]
+        return bound not in self.without and term not in self.without
+
+
+def terms_of(bound: str) -> tuple[str, str, str]:
+    """The names in `Terms.flat` of a bound's three terms."""
+    return f"log_likelihood({bound})", f"kl({bound}/private)", f"kl({bound}/shared)"

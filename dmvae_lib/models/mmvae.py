@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dmvae_lib.distributions import DiagonalGaussian, Laplace, Mixture
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.models.base import Batch, Modality, SharedVAE, Terms
+from dmvae_lib.models.base import Batch, Modality, Observed, SharedVAE, Terms, batch_mean
 
 
 def laplace_scale(logits: Tensor) -> Tensor:
@@ -33,6 +32,8 @@ class MMVAE(SharedVAE):
     encoders it is unbiased with one modality or one particle; otherwise it counts the particles of each expert as
     drawn from the mixture, and is off the bound's gradient by a few percent on average (small linear cases).
 
+    Of an item with the modalities O observed, N, m and i run over O. The mean is over all items of the batch.
+
     encoder(x) -> (B, 2 s): the mean, then the logits of the scale, laplace_scale(logits) + 1e-6.
     The prior is Laplace(0, laplace_scale(prior_logits)), learnt. particles: K, per modality.
     """
@@ -44,39 +45,43 @@ class MMVAE(SharedVAE):
         self.particles = self.arguments["particles"] = particles
         self.prior_logits = nn.Parameter(self._like().new_zeros(shared_dim))
 
-    def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, Laplace]:  # type: ignore[override]
+    def posteriors(self, name: str, statistics: Tensor) -> tuple[DiagonalGaussian, Laplace]:
         """The Laplace expert of one modality; no private part."""
-        private, statistics = super().encode(name, x)  # whose second half is here the scale's logits
-        return private, Laplace(statistics.mean, laplace_scale(statistics.logvar) + 1e-6)
+        private, shared = super().posteriors(name, statistics)  # whose second half is here the scale's logits
+        return private, Laplace(shared.mean, laplace_scale(shared.logvar) + 1e-6)
 
-    def joint(self, experts: Iterable[Laplace]) -> Laplace | Mixture:  # type: ignore[override]
+    def joint(self, experts: Sequence[Laplace], observed: Sequence[Tensor] | None = None) -> Laplace | Mixture:
         """The equal-weight mixture of the observed experts; one expert alone is its own mixture."""
-        experts = list(experts)
-        return experts[0] if len(experts) == 1 else Mixture(experts)
+        return experts[0] if len(experts) == 1 else Mixture(experts, observed)
 
     def prior_distribution(self) -> Laplace:
-        """p(z), of shape (s,)."""
+        """p(z), of shape (s,), learnt."""
         return Laplace(torch.zeros_like(self.prior_logits), laplace_scale(self.prior_logits))
 
-    def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, s) codes from the learnt prior."""
-        return self.prior_distribution().rsample(generator, n)
-
-    def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
-        """total = -bound, with DReG's gradient. Terms: "bound", the objective above; "log_likelihood(name)", with its
-        weight, and "kl", the Monte Carlo log q - log p, both plain means over particles and modalities, so that
-        sum of log-likelihoods - beta * kl is an ELBO, at most the bound."""
-        posterior = self.infer_all(batch)
-        experts: Iterable[Any] = posterior.shared.values()  # Laplace
-        targets = posterior.targets
+    def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
+        """total = -bound, with DReG's gradient. Log-likelihoods "name<-joint" and the KL "joint", the Monte Carlo
+        log q - log p, are plain means over particles and modalities, without gradient: they make up an ELBO. The other
+        term, "importance weighting", is what the bound is above it, negated, and carries the gradient."""
+        posterior = self.infer_all(batch, observed)
+        experts = list(posterior.experts.values())
         z = torch.stack([q.rsample(n=self.particles) for q in experts])  # (N, K, B, s)
-        log_likelihoods = {name: self.weighted_log_likelihood(name, z, targets[name]) for name in self.names}
-        constant = Mixture([Laplace(q.mean.detach(), q.scale.detach()) for q in experts])
+        log_likelihoods = {name: self.weighted(name, posterior, z) for name in self.names}  # (N, K, B)
+        masks = None if posterior.masks is None else list(posterior.masks.values())
+        constant = Mixture([Laplace(q.mean.detach(), q.scale.detach()) for q in experts], masks)
         kl = constant.log_prob(z) - self.prior_distribution().log_prob(z)
-        log_w = sum(log_likelihoods.values()) - beta * kl  # (N, K, B)
-        bound = (log_w.logsumexp(1) - math.log(self.particles)).mean()
+        log_w = sum(log_likelihoods.values()) - beta * kl
         if z.requires_grad:  # the gradient of logsumexp holds w~ once; z's gets it a second time
             weight = log_w.detach().softmax(1)[..., None]
             z.register_hook(lambda gradient: weight * gradient)
-        parts = {f"log_likelihood({name})": value.mean() for name, value in log_likelihoods.items()}
-        return Terms(-bound, {"bound": bound, **parts, "kl": kl.mean()})
+        sources = torch.ones_like(log_w[:, 0]) if masks is None else torch.stack(masks).to(log_w)  # (N, B)
+        sources = sources / sources.sum(0)
+
+        def mean(values: Tensor) -> Tensor:
+            """(N, B) -> a scalar: over the observed experts of an item, then over the items."""
+            return batch_mean((values * sources).sum(0))
+
+        bound = mean(log_w.logsumexp(1) - math.log(self.particles))
+        parts = {f"{name}<-joint": mean(value.detach().mean(1)) for name, value in log_likelihoods.items()}
+        divergence = mean(kl.detach().mean(1))
+        elbo = sum(parts.values()) - beta * divergence
+        return Terms(parts, {"joint": divergence}, {"importance weighting": elbo - bound}, beta)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae_lib.distributions import DiagonalGaussian, product_of_experts
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.models.base import Batch, Modality, Posterior, SharedVAE, Terms
+from dmvae_lib.models.base import Batch, Modality, Observed, SharedVAE, Terms
 
 # Standard deviations from 0.0067 to 148: below, an expert is surer than any data justifies; above, its share in the
 # product with the prior is nil. With product_of_experts working in log-precisions, this keeps MVAE finite.
@@ -27,6 +27,9 @@ class MVAE(SharedVAE):
     ELBO(S) over the full set, every modality alone, and `random_subsets` sets of 2 to N - 1 modalities, drawn
     anew (without replacement) at each call; N = 2 has none of these. beta is annealed from 0 to 1 by the training.
 
+    Of an item with the modalities O observed, the full set is O; modalities alone and random sets count where they are
+    part of O, each set once: an item with one modality has one bound. The mean is over all items of the batch.
+
     Each expert's log-variance is clamped to LOGVAR_RANGE.
     """
 
@@ -40,31 +43,37 @@ class MVAE(SharedVAE):
             )
         self.random_subsets = self.arguments["random_subsets"] = random_subsets
 
-    def encode(self, name: str, x: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+    def posteriors(self, name: str, statistics: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
         """The expert of one modality, its log-variance clamped; no private part."""
-        private, expert = super().encode(name, x)
+        private, expert = super().posteriors(name, statistics)
         return private, DiagonalGaussian(expert.mean, expert.logvar.clamp(*LOGVAR_RANGE))
 
-    def joint(self, experts: Iterable[DiagonalGaussian]) -> DiagonalGaussian:
+    def joint(self, experts: Sequence[DiagonalGaussian], observed: Sequence[Tensor] | None = None) -> DiagonalGaussian:
         """The product of the experts and the prior."""
-        return product_of_experts(list(experts), prior=True)
+        return product_of_experts(experts, prior=True, observed=observed)
 
-    def infer(self, batch: Batch) -> Posterior:
-        """As for every model; shared[name] is q(z | x_name), the prior expert included."""
-        posterior = super().infer(batch)
-        return posterior._replace(shared={name: self.joint([q]) for name, q in posterior.shared.items()})
+    def alone(self, expert: DiagonalGaussian) -> DiagonalGaussian:
+        """q(z | x_i), the prior expert included."""
+        return self.joint([expert])
 
-    def loss(self, batch: Batch, beta: float | Tensor = 1.0) -> Terms:
-        """The negated sum of bounds. ELBO(S) has the terms "elbo(S)/log_likelihood(name)" and "elbo(S)/kl", with S
-        the names joined by commas, as in "elbo(mnist,svhn)/log_likelihood(svhn)" and "elbo(mnist)/kl"."""
-        posterior = self.infer_all(batch)
-        posteriors = {self.names: posterior.joint} | {(name,): posterior.shared[name] for name in self.names}
+    def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
+        """The negated sum of bounds. ELBO(S) has the log-likelihoods "name<-S" and the KL "S", where S is "joint" for
+        the full set, a name, or names joined by commas, as in "svhn<-mnist,svhn"."""
+        posterior = self.infer_all(batch, observed)
+        bounds = {("joint", self.names): (posterior.joint, posterior.several())}
+        if len(self.names) > 1:
+            bounds |= {(name, (name,)): (q, posterior.present(name)) for name, q in posterior.shared.items()}
         for subset in self._draw_subsets():
-            posteriors[subset] = self.infer({name: batch[name] for name in subset}).joint
-        parts: dict[str, Tensor] = {}
-        for subset, q in posteriors.items():
-            parts |= self.elbo(f"elbo({','.join(subset)})", q, {name: posterior.targets[name] for name in subset})
-        return Terms(self.negative(parts, beta), parts)
+            q, mask = self.joint([posterior.experts[name] for name in subset]), posterior.present(*subset)
+            if posterior.masks is not None:  # where it is all that the item has, it is the full set
+                mask = mask & (torch.stack(list(posterior.masks.values())).sum(0) > len(subset))
+            bounds[",".join(subset), subset] = (q, mask)
+        terms = Terms(beta=beta)
+        for (source, targets), (q, mask) in bounds.items():
+            log_likelihoods, kls = self.elbo(source, q, posterior, targets, mask)
+            terms.log_likelihoods.update(log_likelihoods)
+            terms.kls.update(kls)
+        return terms
 
     def _draw_subsets(self) -> list[tuple[str, ...]]:
         if not self.random_subsets:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import atomic_write, sha256, verify
+from dmvae_lib.files import atomic_write, sha256, verify, write_json
 
 if TYPE_CHECKING:
     from dmvae_lib.models.base import Modality
@@ -22,27 +21,25 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="Saved")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CARD = """---
-{{ card_data }}
+library_name: dmvae_lib
+tags: [multimodal, vae]
 ---
 
-# {{ model }} of {{ modalities }}
+# {model} of {modalities}
 
 A multimodal variational autoencoder, saved by dmvae_lib. `config.json` says what it was built from,
 `model.safetensors` holds its weights.
-{% if experiment %}
-    model = load_experiment("this repository", revision="a commit")
-{% elif networks %}
-The encoders and decoders are code and not in here: load it with networks of the same architecture,
+
+{how}
+"""
+OWN_NETWORKS = """The encoders and decoders are code and not in here: load it with networks of the same architecture,
 
     modalities = {name: Modality(encoder, decoder, private_dim, weight, likelihood), ...}
-    model = {{ model }}.from_pretrained("this repository", modalities, revision="a commit")
-{% else %}
-    model = {{ model }}.from_pretrained("this repository", revision="a commit")
-{% endif %}"""
+    model = %s.from_pretrained("this repository", modalities, revision="a commit")"""
 
 
-class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"], model_card_template=CARD):
-    """Saving and loading for a `MultimodalVAE`; `push_to_hub(repo_id)` and `save_pretrained` are the Hub's own."""
+class Saved:
+    """Saving and loading for a `MultimodalVAE`."""
 
     names: tuple[str, ...]
     private_dims: dict[str, int]
@@ -50,7 +47,7 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
     likelihoods: dict[str, Any]  # Likelihood
     features: nn.ModuleDict
     arguments: dict[str, Any]
-    experiment: dict[str, Any] | None
+    about: dict[str, Any]
     eval: Callable[[], Self]
 
     def save(self, folder: str | Path) -> None:
@@ -61,9 +58,9 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
         folder = Path(folder)
         with atomic_write(folder / WEIGHTS) as temporary:
             save_model(self, str(temporary))
-        config = _description(self) | {"library": version("dmvae_lib"), "sha256": sha256(folder / WEIGHTS)}
-        with atomic_write(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=1) + "\n")
+        about = {"about": self.about} if self.about else {}
+        seal = {"library": version("dmvae_lib"), "sha256": sha256(folder / WEIGHTS)}
+        write_json(folder / CONFIG, _description(self) | about | seal)
 
     @classmethod
     def load(cls, folder: str | Path, modalities: Mapping[str, Modality] | None = None, **networks: nn.Module) -> Self:
@@ -89,37 +86,61 @@ class Saved(ModelHubMixin, library_name="dmvae_lib", tags=["multimodal", "vae"],
         return load_weights(model, folder)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the Hub's own reads config.json as arguments of the constructor
+    def from_pretrained(
         cls,
         source: str | Path,
         modalities: Mapping[str, Modality] | None = None,
         *,
         revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **networks: nn.Module,
+        **options: Any,
     ) -> Self:
-        """`load` from a folder, or from a repository of the Hub at `revision`: a commit pins it, a branch moves."""
-        where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        folder = fetched(source, **where, force_download=force_download, local_files_only=local_files_only)
-        return cls.load(folder, modalities, **networks)
+        """`load` from a folder, or from a repository of the Hub at `revision`: a commit pins it, a branch moves.
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
+        options: other networks, as of `load`, and options of huggingface_hub.snapshot_download (token, cache_dir, …).
+        """
+        networks = {name: value for name, value in options.items() if isinstance(value, nn.Module)}
+        where = {name: value for name, value in options.items() if name not in networks}
+        return cls.load(fetched(source, revision=revision, **where), modalities, **networks)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The Hub's README.md."""
-        facts = {"model": type(self).__name__, "modalities": " and ".join(self.names), "experiment": self.experiment}
-        networks = "modalities" in inspect.signature(type(self).__init__).parameters
-        return super().generate_model_card(*args, **facts | {"networks": networks} | kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "A model of dmvae_lib",
+    ) -> str:
+        """Uploads what `save` writes, and a card, to a repository of the Hub (owner/name), made if it is not there.
+
+        revision: a branch; None: the default one. Returns the commit, which as `revision` loads just this model.
+        """
+        from huggingface_hub import HfApi  # here, because it takes long to import
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            Path(folder, "README.md").write_text(self.card(), encoding="utf-8")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            pushed = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+            return pushed.oid
+
+    def card(self) -> str:
+        """The Hub's README.md: what the model is and how to load it."""
+        model = type(self).__name__
+        ours = '    model = dmvae_lib.paper.pretrained("this repository", revision="a commit")'
+        how = ours if "row" in self.about else OWN_NETWORKS % model
+        return CARD.format(model=model, modalities=" and ".join(self.names), how=how)
 
 
 def fetched(source: str | Path, **options: Any) -> Path:
     """`source` if it is a folder, else the folder of that Hub repository's two files; options: snapshot_download's."""
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG], **options))
     except (OSError, ValueError) as error:  # not found, no access, no network, or no name of a repository
@@ -145,7 +166,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: Model, folder: str | Path) -> Model:
-    """`model` with the weights saved in `folder`. Raises DMVAEError for a model unlike the saved one, naming what."""
+    """`model` with the weights, and the `about`, saved in `folder`, ready for inference.
+
+    Raises DMVAEError for a model unlike the saved one, naming what.
+    """
     config, path = read_config(folder), Path(folder) / WEIGHTS
     saved, given = _flat(config), _flat(_description(model))
     unlike = [
@@ -160,6 +184,7 @@ def load_weights(model: Model, folder: str | Path) -> Model:
         load_model(model, path)
     except RuntimeError as error:
         raise DMVAEError(f"{path} does not fit these networks: {error}. Give networks of the saved shapes.") from error
+    model.about = config.get("about", {})
     return model.eval()
 
 
@@ -173,8 +198,7 @@ def _description(model: Saved) -> dict[str, Any]:
         }
         for name in model.names
     }
-    config = {"model": type(model).__name__, "modalities": modalities, "arguments": model.arguments}
-    return config | ({"experiment": model.experiment} if model.experiment else {})
+    return {"model": type(model).__name__, "modalities": modalities, "arguments": model.arguments}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:

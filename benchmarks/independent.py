@@ -1,0 +1,138 @@
+"""`make independent`: DMVAE and MMVAE trained by an implementation that is not ours, the package `multivae`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench import command_line
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dmvae_lib import DMVAE, MMVAE, DMVAEError, PairedData, Schedule
+from dmvae_lib.paper import published
+from dmvae_lib.paper.rows.digits import TABLE1
+from dmvae_lib.paper.rows.row import Row
+from dmvae_lib.paper.runs import Run, Setting, setting, train_all
+from dmvae_lib.paper.tables import Results, table
+from dmvae_lib.training import batches, resolve_device
+
+OURS = {name: TABLE1[name] for name in ("DMVAE", "MMVAE")}
+
+
+def theirs(row: Row, place: Setting) -> Row:
+    """The row's networks, pairs, updates and learning rate, trained by MultiVae: `multivae-dmvae`, `multivae-mmvae`."""
+    title = f"{row.title}, MultiVae {version('multivae')}"
+    trained = partial(fit, row.schedule(place.profile), resolve_device(place.device))
+    return replace(row, name=f"multivae-{row.name}", title=title, fit=trained)
+
+
+def fit(plan: Schedule, device: torch.device, model: DMVAE | MMVAE, data: PairedData, seed: int) -> None:
+    """One epoch of MultiVae's trainer over `Pairs`."""
+    settings = {"learning_rate": plan.learning_rate, "seed": seed}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        multivae_trainer(model, Pairs(data, plan, seed), plan.batch_size, device, **settings).train_step(1)
+
+
+class Pairs(Dataset):
+    """The pairs that `train` would take from `data` by this schedule and seed, in the form that MultiVae expects."""
+
+    def __init__(self, data: PairedData, plan: Schedule, seed: int):
+        self.data = data
+        self.rows = torch.cat(list(islice(batches(data, plan.batch_size, seed, 0), plan.steps)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int):
+        from multivae.data.datasets.base import DatasetOutput
+
+        return DatasetOutput(data={name: x[0] for name, x in self.data.batch(self.rows[i : i + 1]).items()})
+
+
+def multivae_trainer(model: DMVAE | MMVAE, pairs: Dataset, batch_size: int, device: torch.device, **training: Any):
+    """MultiVae's trainer for its own DMVAE or MMVAE around the encoders and decoders of `model`, trained in place.
+
+    pairs: what its data loader takes. training: further settings of its `BaseTrainerConfig`.
+    """
+    from multivae.models import DMVAE as TheirDMVAE
+    from multivae.models import MMVAE as TheirMMVAE
+    from multivae.models import DMVAEConfig, MMVAEConfig
+    from multivae.models.base import BaseDecoder, ModelOutput
+    from multivae.models.nn.base_architectures import BaseMultilatentEncoder
+    from multivae.trainers import BaseTrainer, BaseTrainerConfig
+
+    class Encoder(BaseMultilatentEncoder):
+        def __init__(self, name: str):
+            super().__init__()
+            self.network = model.encoders[name]
+            self.style_dim, self.latent_dim = model.private_dims[name], model.shared_dim
+
+        def forward(self, x: Tensor):
+            sizes = [self.style_dim, self.style_dim, self.latent_dim, self.latent_dim]
+            names = ("style_embedding", "style_log_covariance", "embedding", "log_covariance")
+            return ModelOutput(**dict(zip(names, self.network(x).split(sizes, -1))))
+
+    class Decoder(BaseDecoder):  # its code is [shared, private], ours [private, shared]
+        def __init__(self, name: str):
+            super().__init__()
+            self.network, self.latent_dim = model.decoders[name], model.private_dims[name] + model.shared_dim
+
+        def forward(self, z: Tensor):
+            return ModelOutput(reconstruction=self.network(z.roll(-model.shared_dim, -1)))
+
+    def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+    first = pairs[0].data
+    networks = {n: Encoder(n) for n in model.names}, {n: Decoder(n) for n in model.names}
+    common = {
+        "n_modalities": len(model.names),
+        "latent_dim": model.shared_dim,
+        "input_dims": {name: tuple(first[name].shape) for name in model.names},
+        "uses_likelihood_rescaling": True,
+        "rescale_factors": model.weights,
+    }
+    if isinstance(model, MMVAE):
+        laplace = {"decoders_dist": dict.fromkeys(model.names, "laplace")}
+        scale = {"decoder_dist_params": {name: {"scale": 0.75} for name in model.names}}
+        made = TheirMMVAE(MMVAEConfig(K=model.particles, **common, **laplace, **scale), *networks)
+        made.prior_log_var = model.prior_logits
+    else:
+        # It counts KL(q(z_s | source) || p) once per source, Eq. 3 once per source and target.
+        made = TheirDMVAE(
+            DMVAEConfig(modalities_specific_dim=model.private_dims, beta=len(model.names), **common), *networks
+        )
+        made.recon_log_probs = dict.fromkeys(model.names, bernoulli)  # its own refuses grey levels
+    settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
+    plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)
+    return BaseTrainer(made, pairs, None, plan)
+
+
+def main() -> None:
+    options = command_line(__doc__, profile="quick", seeds=1, device="auto", data="data").parse_args()
+    try:
+        if find_spec("multivae") is None:
+            raise DMVAEError("the package multivae is not installed; `pip install multivae` brings it.")
+        place = setting(**vars(options))
+        rows = {made.title: made for row in OURS.values() for made in (row, theirs(row, place))}
+        train_all([Run(row, seed, place) for row in rows.values() for seed in range(place.seeds)])
+        beside = {title: published.TABLE1[title.split(",")[0]] for title in rows}
+        caption = "The same networks, pairs, updates and evaluation, trained by this library and by MultiVae."
+        results = Results(place, "benchmarks/independent.py")
+        shown = results.table("independent", table(rows, place, beside), f"Independent: {caption}")
+    except DMVAEError as error:
+        sys.exit(f"\n{error}")
+    print(shown.to_string())
+
+
+if __name__ == "__main__":
+    main()

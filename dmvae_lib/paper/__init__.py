@@ -1,0 +1,42 @@
+"""All that is this paper's: its published numbers, data sets, networks, rows, runs, tables and figures.
+
+Everything here stands on the core (`dmvae_lib`), which imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dmvae_lib.models import MultimodalVAE
+    from dmvae_lib.paper.rows.row import Row
+
+
+def pretrained(source: str | Path, row: Row | None = None, **options: Any) -> MultimodalVAE:
+    """The model of a row, saved by `model.save` or pushed to the Hub, its networks made anew; ready for inference.
+
+    source: a folder, or a repository of the Hub, with options as `revision="a commit"`; row: where it is none of `ROWS`.
+    Raises DMVAEError as `load` does, and for a model that no row made.
+    """
+    import torch
+
+    from dmvae_lib.errors import DMVAEError
+    from dmvae_lib.models.saving import fetched, load_weights, read_config
+    from dmvae_lib.pairing import PairedData
+    from dmvae_lib.paper.data import Splits
+    from dmvae_lib.paper.rows import ROWS
+
+    folder = fetched(source, **options)
+    config = read_config(folder)
+    about = config.get("about", {})
+    if row is None and (row := ROWS.get(about.get("row", ""))) is None:
+        made = f"made by row {about['row']!r}; give it as `row`" if "row" in about else "that no row made"
+        raise DMVAEError(f"{source} holds a model {made}, or load it with {config['model']}.load.")
+    # Builders look at the items' shapes and the classes at most.
+    classes = about["classes"] or [0]
+    items = {name: torch.zeros(len(classes), *shape) for name, shape in about["shapes"].items()}
+    pairs = PairedData.aligned(items, torch.tensor(classes))
+    model = row.build(row.data, Splits(pairs, pairs, {}, "saved"), **about["arguments"])
+    return load_weights(model, folder)

@@ -1,0 +1,258 @@
+"""MNIST-SVHN, paired digits for Sec. 5.1: in full, a real subset, or what stands in for it without a download."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.files import verify
+from dmvae_lib.pairing import PairedData
+from dmvae_lib.paper import networks
+from dmvae_lib.paper.data import EVALUATIONS, DataSet, Splits
+from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
+
+TITLES = {
+    "embedded": {"mnist": "scikit-learn digits", "svhn": "drawn house numbers"},
+    "subset": {"mnist": "MNIST", "svhn": "SVHN (first 10,000 test images)"},
+    "full": {"mnist": "MNIST", "svhn": "SVHN"},
+}
+SHAPES = {"mnist": (1, 28, 28), "svhn": (3, 32, 32)}
+
+MNIST_SHA256 = {  # of the uncompressed files, which torchvision does not verify; their gz forms have the official MD5s
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+SUBSET = {  # the first 10,000 SVHN test images and their labels, both uint8: shape, and MD5 of the raw bytes
+    "X": ((10_000, 32, 32, 3), "baa33556c0a057545047bfaa3001ef5f"),
+    "y": ((10_000,), "88d7c15c2511f0cce9b7b3513f350cf7"),
+}
+SUBSET_TRAIN = 8_000  # by index: neighbours are crops of one house number, a random split would leak
+
+Labelled: TypeAlias = tuple[Tensor, Tensor]  # uint8 images (N, C, H, W) and int64 labels (N,)
+Parts: TypeAlias = tuple[dict[str, Labelled], dict[str, Labelled]]  # of each modality, to train on and to test on
+
+
+def load(
+    source: str,
+    root: str | os.PathLike = "data",
+    evaluation: str = "test",
+    cache: str | os.PathLike | None = None,
+    device: str = "cpu",
+    permutations: int = 30,
+) -> Splits:
+    """The digits of one source, "mnist" (1, 28, 28) and "svhn" (3, 32, 32), each split paired by class on its own.
+
+    source: "embedded" (scikit-learn's handwritten digits, enlarged, and drawn house numbers; no files),
+        "subset" (MNIST in full and the first 10,000 SVHN test images, 8,000 to train and 2,000 to test) or
+        "full" (MNIST and SVHN, fetched into `root` where missing).
+    evaluation: "test", or "validation": the last tenth of each modality's training images is then held out as `test`,
+        for choices that must not see the test images.
+    cache, device: not needed for digits.
+
+    Raises DMVAEError for an unknown source or evaluation and for files that are missing or damaged; no source stands
+    in for another.
+    """
+    loaders: dict[str, Callable[[Path], Parts]] = {"embedded": _embedded, "subset": _subset, "full": _full}
+    for what, value, known in (("source", source, loaders), ("evaluation", evaluation, EVALUATIONS)):
+        if value not in known:
+            raise DMVAEError(f"digits: unknown {what} {value!r}; expected one of {', '.join(known)}.")
+    train, test = loaders[source](Path(root))
+    if evaluation == "validation":
+        # The versions of one embedded digit stay together: none may be trained on and another evaluated.
+        together = VERSIONS if source == "embedded" else 1
+        whole, train, test = train, {}, {}
+        for name, (images, labels) in whole.items():
+            kept = len(labels) - len(labels) // 10
+            kept += -kept % together
+            train[name], test[name] = (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
+
+    def paired(part: dict[str, Labelled]) -> PairedData:
+        images, labels = ({name: values[i] for name, values in part.items()} for i in (0, 1))
+        return PairedData.pair(images, labels, permutations)
+
+    return Splits(paired(train), paired(test), dict(TITLES[source]), source)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def build_networks(
+    family: str, modality: str, private_dim: int, shared_dim: int, width: float, initialise: str
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of one modality, as `DataSet` describes them. Raises DMVAEError for an unknown name."""
+    dims = private_dim, shared_dim
+    match family, modality:
+        case "dmvae", "mnist":
+            hidden = round(256 * width)
+            return networks.mnist_encoder(*dims, hidden, initialise), networks.mnist_decoder(*dims, hidden, initialise)
+        case "dmvae", "svhn":
+            return networks.svhn_encoder(*dims, width, initialise), networks.svhn_decoder(*dims, width, initialise)
+        case "mmvae", "mnist":
+            hidden = round(400 * width)
+            encoder = networks.mnist_encoder(*dims, hidden, initialise)
+            return encoder, nn.Sequential(networks.mnist_decoder(*dims, hidden, initialise), nn.Sigmoid())
+        case "mmvae", "svhn":
+            sizes = sum(dims), width, initialise
+            return networks.mmvae_svhn_encoder(*sizes), networks.mmvae_svhn_decoder(*sizes)
+    raise DMVAEError(f"digits: no networks {family!r} for {modality!r}; expected dmvae or mmvae, mnist or svhn.")
+
+
+def joint_encoder(shared_dim: int, width: float, initialise: str) -> nn.Module:
+    """The joint network of JMVAE and TELBO: DMVAE's encoders to 2 * shared_dim features each, then 512 hidden units."""
+    features = {
+        "mnist": networks.mnist_encoder(0, shared_dim, round(256 * width), initialise),
+        "svhn": networks.svhn_encoder(0, shared_dim, width, initialise),
+    }
+    return networks.JointEncoder(features, 4 * shared_dim, shared_dim, round(512 * width), initialise)
+
+
+def classifier(modality: str) -> nn.Module:
+    """The untrained evaluation classifier of a modality's images. Raises DMVAEError for an unknown modality."""
+    if modality not in SHAPES:
+        raise DMVAEError(f"digits: unknown modality {modality!r}; expected one of {', '.join(SHAPES)}.")
+    channels, size, _ = SHAPES[modality]
+    return networks.digit_classifier(channels, size)
+
+
+MNIST_SVHN = DataSet(
+    name="mnist-svhn",
+    modalities=("mnist", "svhn"),
+    load=load,
+    networks=build_networks,
+    weights={  # the release's 50 and 1 for the real data
+        "embedded": {"mnist": 5.0, "svhn": 1.0},
+        "subset": {"mnist": 50.0, "svhn": 1.0},
+        "full": {"mnist": 50.0, "svhn": 1.0},
+    },
+    classifier=classifier,
+    joint_encoder=joint_encoder,
+)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def _embedded(root: Path) -> Parts:
+    images, labels, test_images, test_labels = handwritten_digits()
+    return (
+        {"mnist": (images, labels), "svhn": house_numbers(8_000, seed=0)},
+        {"mnist": (test_images, test_labels), "svhn": house_numbers(2_000, seed=1)},
+    )
+
+
+def _subset(root: Path) -> Parts:
+    n, (train, test) = SUBSET_TRAIN, _mnist(root)
+    images, labels = _svhn_subset(root)
+    return {"mnist": train, "svhn": (images[:n], labels[:n])}, {"mnist": test, "svhn": (images[n:], labels[n:])}
+
+
+def _full(root: Path) -> Parts:
+    from torchvision.datasets import MNIST, SVHN
+
+    _fetch("MNIST", root, [Path("MNIST", "raw", name) for name in MNIST_SHA256], partial(MNIST, download=True))
+    for split in ("train", "test"):
+        _fetch("SVHN", root / "svhn", [Path(SVHN.split_list[split][1])], partial(SVHN, split=split, download=True))
+    train, test = _mnist(root)
+    return {"mnist": train, "svhn": _svhn(root, "train")}, {"mnist": test, "svhn": _svhn(root, "test")}
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _mnist(root: Path) -> tuple[Labelled, Labelled]:
+    """MNIST to train on and to test on from torchvision's layout, root/MNIST/raw, every file verified."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    folder = root / "MNIST" / "raw"
+    for name, digest in MNIST_SHA256.items():
+        if not (folder / name).is_file():
+            raise _missing("MNIST", folder / name)
+        verify(folder / name, digest)
+
+    # torchvision.datasets.MNIST would read a processed/*.pt instead, where there is one: an unverified file.
+    def read(split: str) -> Labelled:
+        images = read_image_file(str(folder / f"{split}-images-idx3-ubyte"))
+        return images[:, None], read_label_file(str(folder / f"{split}-labels-idx1-ubyte"))
+
+    return read("train"), read("t10k")
+
+
+def _svhn(root: Path, split: str) -> Labelled:
+    """SVHN's "train" or "test" from root/svhn, verified; digit 0 is 0 (the files write 10, torchvision reads 0)."""
+    from torchvision.datasets import SVHN
+
+    path = root / "svhn" / SVHN.split_list[split][1]
+    verify(path, SVHN.split_list[split][2])
+    data = SVHN(str(path.parent), split)
+    return torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)
+
+
+def _svhn_subset(root: Path) -> Labelled:
+    """The first 10,000 SVHN test images, from the file that holds just them or from the official one."""
+    from torchvision.datasets import SVHN
+
+    path, official = root / "svhn" / "test_32x32_first10000.npz", root / "svhn" / SVHN.split_list["test"][1]
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in SUBSET}
+        except Exception as error:  # NumPy raises whatever unpacking meets in a damaged file
+            raise DMVAEError(
+                f"{path} cannot be read as arrays X and y ({error}): it is truncated or damaged. Delete it and fetch "
+                "it again."
+            ) from error
+    elif official.is_file():
+        path, (images, labels) = official, _svhn(root, "test")
+        found = {"X": images[:10_000].permute(0, 2, 3, 1).numpy(), "y": labels[:10_000].to(torch.uint8).numpy()}
+    else:
+        raise _missing("the SVHN subset", path, f" (and no {official.name} beside it, whose first 10,000 images it is)")
+    for name, (shape, expected) in SUBSET.items():
+        values = np.ascontiguousarray(found[name])
+        digest = hashlib.md5(values).hexdigest()
+        if (values.shape, values.dtype, digest) != (shape, np.uint8, expected):
+            raise DMVAEError(
+                f"{path}: {name} has shape {values.shape}, dtype {values.dtype} and bytes of MD5 {digest}; expected "
+                f"{shape}, uint8 and {expected}: it is damaged or another version. Delete it and fetch it again."
+            )
+    return torch.from_numpy(found["X"].transpose(0, 3, 1, 2).copy()), torch.from_numpy(found["y"]).long()
+
+
+def _fetch(what: str, root: Path, names: list[Path], download: Callable[[str], Any]) -> None:
+    """Where one of `names` is missing below `root`, has torchvision download and verify them, then moves them there.
+
+    The download goes into a folder beside: torchvision verifies archives, not what it unpacks from them, so a process
+    that is killed, or two at a time, would else leave half a file under a whole one's name.
+    """
+    missing = [name for name in names if not (root / name).is_file()]
+    if not missing:
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            download(folder)
+            for name in missing:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(folder, name), root / name)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise _missing(what, root / missing[0], f" and fetching it failed ({error})") from error
+
+
+def _missing(what: str, path: Path, detail: str = "") -> DMVAEError:
+    return DMVAEError(
+        f"{what} is missing: there is no {path.absolute()}{detail}. On a machine with network access "
+        "`make reproduce PROFILE=paper` downloads MNIST and SVHN into data/; if the files are elsewhere, name their "
+        "folder, `make reproduce DATA=folder` or the notebook's `data`. Profile quick needs no download."
+    )

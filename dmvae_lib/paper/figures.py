@@ -1,0 +1,203 @@
+"""The paper's figures and the notebooks' plots. Each function returns a matplotlib figure and draws nothing else."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+plt.rcParams |= {"figure.dpi": 100, "savefig.dpi": 150, "pdf.fonttype": 42, "axes.titlesize": "medium"}
+
+
+def tile(images: Tensor, gap: int = 2) -> np.ndarray:
+    """(R, C, channels, H, W) in [0, 1] or uint8 -> one picture of R x C images, (height, width, 3), white gaps."""
+    images = images.detach().cpu()
+    images = images.float() / 255 if not images.is_floating_point() else images.float()
+    rows, columns, channels, height, width = images.shape
+    picture = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), np.float32)
+    for r in range(rows):
+        for c in range(columns):
+            top, left = r * (height + gap), c * (width + gap)
+            image = images[r, c].permute(1, 2, 0).numpy()
+            picture[top : top + height, left : left + width] = image.repeat(3, -1) if channels == 1 else image
+    return picture
+
+
+def gallery(rows: Mapping[str, Tensor], title: str = "", width: float = 7.0) -> Figure:
+    """One labelled row of images for each entry, {label: (C, channels, H, W)}."""
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(width, width / max(len(x) for x in rows.values()) * len(rows) + 0.3)
+    )
+    for ax, (label, images) in zip(np.atleast_1d(axes), rows.items()):
+        ax.imshow(tile(images[None]), interpolation="nearest")
+        ax.set_xticks([]), ax.set_yticks([])
+        ax.grid(False)
+        sns.despine(ax=ax, left=True, bottom=True)
+        ax.set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize="small")
+    if title:
+        np.atleast_1d(axes)[0].set_title(title)
+    figure.subplots_adjust(hspace=0.06)
+    return figure
+
+
+def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Training curves, one panel for each group of the history's columns, {title: columns}; x is the number of updates.
+
+    In the legend "log_likelihood(svhn<-mnist)" and "kl(svhn<-mnist/private)" are both svhn<-mnist.
+    """
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.2), squeeze=False)
+    for ax, (title, columns) in zip(axes[0], groups.items()):
+        for column, dashes in zip(columns, ["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 3))]):
+            bound = re.sub(r"^\w+\((.+?)(/\w+)?\)$", r"\1", column)
+            ax.plot(history.index, history[column], linestyle=dashes, label=bound)
+        weighted = any(column.startswith("log_likelihood") for column in columns)
+        ax.set(title=title, xlabel="updates", ylabel="nats per pair" + ", times λ" * weighted)
+        ax.legend(fontsize="x-small")
+    figure.tight_layout()
+    return figure
+
+
+MARKERS = ("+", "o", "^", "x", "s", "D", "v")  # of the modalities in their order; the paper's Fig. 5 has the first two
+
+
+def embedding(
+    points: Mapping[str, np.ndarray], labels: np.ndarray, titles: Mapping[str, str], title: str = ""
+) -> Figure:
+    """Fig. 5: 2-D points of each modality, {name: (N, 2)}, labels (N,): a marker a modality, a colour and a numeral a class.
+
+    A numeral stands where the points of its class, of whichever modality, lie densest. titles: {name: in the legend}.
+    """
+    figure, ax = plt.subplots(figsize=(5.2, 5.2))
+    colours = sns.color_palette("colorblind", int(max(labels)) + 1)
+    for xy, marker in zip(points.values(), MARKERS, strict=False):
+        for label in np.unique(labels):
+            filled, colour = marker in "+x", colours[label]
+            style = {"color": colour} if filled else {"facecolors": "none", "edgecolors": [colour]}
+            ax.scatter(*xy[labels == label].T, s=28, marker=marker, linewidths=1.0, **style)
+    both = np.concatenate(list(points.values()))
+    for label in np.unique(labels):  # readable without colour
+        own = both[np.tile(labels, len(points)) == label]
+        distances = np.sort(np.linalg.norm(own[:, None] - own, axis=-1), 1)
+        ax.text(*own[distances[:, :10].mean(1).argmin()], str(label), fontsize=13, weight="bold", ha="center", va="center",
+                bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
+    handles = [
+        plt.Line2D([], [], color="0.3", marker=marker, linestyle="", markerfacecolor="none", label=titles[name])
+        for name, marker in zip(points, MARKERS, strict=False)
+    ]
+    ax.legend(handles=handles, fontsize="small", ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
+    ax.set(xticks=[], yticks=[], title=title)
+    return figure
+
+
+RIGHT, WRONG, SWAPPED = "black", "#c1121f", "#0353a4"
+
+
+def retrieved_captions(lines: Sequence[tuple[np.ndarray, Sequence[tuple[str, bool]]]]) -> Figure:
+    """Fig. 6: a line per query image (H, W, 3) with its nearest captions and whether each has the image's class."""
+    columns = len(lines[0][1])
+    figure, axes = plt.subplots(len(lines), columns + 1, figsize=(2.3 * (columns + 1), 1.9 * len(lines)), squeeze=False)
+    for row, (image, captions) in zip(axes, lines):
+        row[0].imshow(image)
+        for ax, (caption, right) in zip(row[1:], captions):
+            text = textwrap.fill(caption, 26) + ("" if right else "\n(wrong class)")
+            ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, color=RIGHT if right else WRONG)
+    _headings(axes, columns)
+    return figure
+
+
+def retrieved_images(lines: Sequence[tuple[str, Sequence[tuple[np.ndarray, bool | None]]]]) -> Figure:
+    """Figs. 7 and 8: a line per query caption with its nearest images, framed red and dashed where wrong (False).
+
+    Words in [brackets] are drawn blue, without the brackets (Fig. 8's swaps).
+    """
+    columns = len(lines[0][1])
+    ratios = {"width_ratios": [2.0] + [1.0] * columns}
+    figure, axes = plt.subplots(
+        len(lines), columns + 1, figsize=(1.7 * (columns + 2), 1.8 * len(lines)), squeeze=False, gridspec_kw=ratios
+    )
+    for row, (caption, images) in zip(axes, lines):
+        _coloured_text(row[0], caption)
+        for ax, (image, right) in zip(row[1:], images):
+            ax.imshow(image)
+            if right is False:
+                frame = plt.Rectangle(
+                    (0, 0), 1, 1, transform=ax.transAxes, fill=False, ec=WRONG, lw=4, ls="--", clip_on=False
+                )
+                ax.add_patch(frame)
+    _headings(axes, columns)
+    return figure
+
+
+def _headings(axes: np.ndarray, columns: int) -> None:
+    for ax in axes.flat:
+        ax.axis("off")
+        ax.set_anchor("N")
+    for ax, title in zip(axes[0], ["Query", *(f"Rank {i + 1}" for i in range(columns))]):
+        ax.set_title(title, fontsize=9)
+
+
+def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
+    """Wrapped text, left aligned, with the words in [brackets] blue; monospaced, so that words can be placed one by one."""
+    swapped, words = False, []
+    for word in caption.split():
+        swapped = swapped or word.startswith("[")
+        words.append((word.strip("[]"), swapped))
+        swapped = swapped and not word.endswith("]")
+    lines: list[list[tuple[str, bool]]] = [[]]
+    for entry in words:
+        if sum(len(w) + 1 for w, _ in lines[-1]) + len(entry[0]) > width:
+            lines.append([])
+        lines[-1].append(entry)
+    for i, line in enumerate(lines):
+        for colour, chosen in ((RIGHT, False), (SWAPPED, True)):
+            text = " ".join(w if blue is chosen else " " * len(w) for w, blue in line)
+            y = 0.5 + 0.11 * (len(lines) / 2 - i)
+            ax.text(0, y, text, family="monospace", fontsize=size, color=colour, transform=ax.transAxes, va="top")
+
+
+def bars_beside_paper(table: pd.DataFrame, measures: Sequence[str], chance: float) -> Figure:
+    """`tables.compare`'s rows as bars, a panel per measure, the paper's numbers as open circles; chance in percent."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(4 * len(measures), 3), sharey=True)
+    for ax, measure in zip(axes, measures):
+        part = table.xs(measure, level="measure")
+        y = np.arange(len(part))
+        ax.barh(y, part["mean"], xerr=part["sd"].fillna(0), color="C0", alpha=0.75, label="here, ± sd over seeds")
+        ax.scatter(part["paper"], y, facecolors="none", edgecolors="black", zorder=3, label="paper")
+        ax.axvline(chance, color="0.3", linestyle="--", linewidth=1, label="guessing by the classes' frequencies")
+        ax.set(title=measure, xlim=(0, 100), xlabel="percent", yticks=y, yticklabels=part.index)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="x-small", ncols=3, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]) -> Figure:
+    """{title: {row: (share, (low, high))}}: a panel each, a dot in its interval for every row, in percent."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True)
+    for ax, (title, rows) in zip(axes, panels.items()):
+        for y, (share, interval) in enumerate(rows.values()):
+            ax.plot([100 * end for end in interval], [y, y], color="C0", linewidth=2)
+            ax.plot(100 * share, y, "o", color="C0")
+        ax.set(title=title, xlabel="percent", xlim=(0, 100), yticks=range(len(rows)), yticklabels=list(rows))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def learning_curve(curve: pd.DataFrame) -> Figure:
+    """A line for each column, in percent, against the index, numbers of training images, on a logarithmic axis."""
+    figure, ax = plt.subplots(figsize=(4.5, 3))
+    curve.plot(ax=ax, marker="o", logx=True, ylim=(0, 100), ylabel="percent")
+    ax.set_xticks(curve.index, [f"{n:,}" for n in curve.index], minor=False)
+    ax.xaxis.minorticks_off()
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small", frameon=False)
+    figure.tight_layout()
+    return figure

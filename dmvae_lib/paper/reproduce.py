@@ -1,0 +1,239 @@
+"""`make reproduce`: train every row here, execute the notebooks, and compare this machine's numbers with the committed."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nbformat
+import pandas as pd
+import papermill
+import torch
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from tqdm import tqdm
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.files import atomic_write, locked, remove_leftovers
+from dmvae_lib.paper.rows import ROWS
+from dmvae_lib.paper.rows.digits import CLASSIFIERS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
+from dmvae_lib.paper.rows.flowers import TABLE2
+from dmvae_lib.paper.runs import Run, Setting, project_folder, setting, train_all
+from dmvae_lib.paper.tables import keeps, table, write_pages
+
+DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell
+TABLES = {"Table 1": TABLE1 | RELATED, "Table 2": TABLE2, "Table 3": TABLE3 | {RELEASE.title: RELEASE}}
+KERNEL = "python3"
+AT_ONCE = 2  # notebooks: while one draws or waits for a run's lock, another computes
+
+
+def reproduce(place: Setting, scheduler: str | None = "auto") -> None:
+    """Trains what this machine has not trained yet, executes the notebooks, prints the comparison. scheduler: `train_all`'s.
+
+    Killed at any point and called again, it ends with the same results; a second call at the same time waits.
+    """
+    with locked(place.runs / place.profile.name, f"make reproduce PROFILE={place.profile.name}"):
+        train_all(runs_of(place), scheduler)
+        execute_all(place)
+        print(compare_with_committed(place))
+
+
+def runs_of(place: Setting) -> list[Run]:
+    """The judges, every row with each of the setting's seeds, the learning curve; missing data are an error at once."""
+    for data in {row.data.name: row.data for row in ROWS.values()}.values():
+        place.splits(data)
+    judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
+    rows = [row for row in ROWS.values() if row not in judges]
+    several = [Run(row, seed, place) for row in rows for seed in range(place.seeds)]
+    return [*(Run(row, 0, place) for row in judges), *several, *(Run(row, 0, place) for row in curve)]
+
+
+# --- the notebooks ----------------------------------------------------------------------------------------------------
+
+
+def notebooks() -> list[Path]:
+    """The project's notebooks in order."""
+    return sorted((project_folder() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def execute_all(place: Setting) -> None:
+    """Every notebook, two at a time, into results/<profile>/notebooks/, or build/ in a profile that keeps no results."""
+    # A notebook's own defaults need no parameters cell from outside: so run, it is the notebook as it is committed.
+    data = os.path.relpath(place.data, project_folder())
+    chosen = {"profile": place.profile.name, "seeds": place.seeds, "device": place.device, "data": data}
+    parameters = {name: value for name, value in chosen.items() if value != DEFAULTS[name]}
+    executed = place.results / "notebooks" if keeps(place) else project_folder() / "build" / place.profile.name
+    remove_leftovers(executed)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // AT_ONCE)))  # of each kernel
+    with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
+        waiting = {  # the last ones train models of their own: first what takes long
+            pool.submit(execute, path, executed / path.name, parameters): path.stem for path in reversed(notebooks())
+        }
+        try:
+            for done in as_completed(waiting):
+                bar.set_postfix_str(waiting[done])
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if keeps(place):
+        write_pages(place.results.parent)
+    print(f"The executed notebooks are in {os.path.relpath(executed)}.")
+
+
+def execute(source: Path, target: Path, parameters: dict) -> None:
+    """Executes a notebook by papermill and puts the result at `target` when it is whole and free of errors."""
+    with atomic_write(target) as temporary:
+        papermill.execute_notebook(
+            source,
+            temporary,
+            parameters,
+            kernel_name=KERNEL,
+            cwd=project_folder(),
+            progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],
+        )
+        notebook = nbformat.read(temporary, as_version=4)
+        _tidy(notebook)
+        nbformat.write(notebook, temporary)
+
+
+def _tidy(notebook: nbformat.NotebookNode) -> None:
+    """Removes what says when, where and how fast a notebook ran: timings, paths, progress bars; the ledger has the facts."""
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # where a stream was flushed depends on the clock
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr"
+
+
+def prepare(folder: Path) -> None:
+    """Copies of the notebooks set to profile smoke, with their committed outputs, for nbval to run and compare."""
+    runs = project_folder() / "runs" / "smoke"
+    with locked(runs, "make reproduce PROFILE=smoke"):
+        for path in runs.iterdir():  # so that the notebooks train anew
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for former in folder.glob("*.ipynb"):
+        former.unlink()
+    for source in notebooks():
+        target = folder / source.name
+        papermill.execute_notebook(source, target, {"profile": "smoke"}, prepare_only=True, progress_bar=False)
+
+
+# --- beside the committed numbers -------------------------------------------------------------------------------------
+
+
+def compare_with_committed(place: Setting) -> str:
+    """`comparison` as text, and in runs/<profile>/comparison.csv; or why there is none."""
+    if not keeps(place):
+        return f"Profile {place.profile.name} keeps no results, so there are none to compare with."
+    cells, why = comparison(place)
+    if cells is None:
+        return f"This machine's numbers stand beside no committed ones: {why}."
+    path = place.runs / place.profile.name / "comparison.csv"
+    with atomic_write(path) as temporary:
+        cells.to_csv(temporary, float_format="%.4f")
+    judged = cells[cells["agrees"] != "–"]
+    outside = judged[judged["agrees"] == "no"]
+    return (
+        f"{cells.to_string(float_format='%.1f', na_rep='–')}\n\n{len(judged) - len(outside)} of {len(judged)} cells agree with "
+        "the committed numbers: |here - committed| <= 2 sd √(1/n + 1/m), n committed seeds with standard deviation sd, m here.\n"
+        f"Of as many seeds of one machine, some {judged['by chance'].sum():.0f} would lie outside by chance. "
+        f"The table is kept in {os.path.relpath(path)}."
+    )
+
+
+def comparison(place: Setting) -> tuple[pd.DataFrame | None, str]:
+    """Each cell of Tables 1 to 3 in percent: committed (the ledger of git's HEAD), and here, over the seeds trained now.
+
+    A cell agrees where |here - committed| <= 2 sd sqrt(1/n + 1/m), sd over the n committed seeds, m of them here; it has
+    no verdict ("–") with fewer than two committed seeds, or other test data. "by chance": the share of cells outside if
+    all seeds were alike (Student's t with n - 1 degrees of freedom beyond 2). Without committed entries of the rows'
+    present configurations there is no table; the text says why.
+    """
+    from scipy.stats import t as student
+
+    with TemporaryDirectory() as folder:
+        try:
+            command = ["git", "-C", str(place.results), "archive", "HEAD", "runs"]
+            archive = subprocess.run(command, capture_output=True, check=True).stdout
+        except OSError:
+            return None, "there is no git"
+        except subprocess.CalledProcessError:
+            return None, f"git's HEAD has no results/{place.results.name}/runs"
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
+        then = {name: table(rows, replace(place, results=Path(folder))) for name, rows in TABLES.items()}
+    now = {name: table(rows, place, seeds=range(place.seeds)) for name, rows in TABLES.items()}
+    cells = pd.concat(now, names=["table"])[["mean", "seeds"]].rename(columns={"mean": "here", "seeds": "m"})
+    there = pd.concat(then, names=["table"])[["mean", "sd", "seeds"]]
+    cells = there.rename(columns={"mean": "committed", "seeds": "n"}).join(cells, how="right")
+    if not cells["n"].sum():
+        return None, "those that git's HEAD has are of other configurations of the rows"
+    cells["difference"] = cells["here"] - cells["committed"]
+    allowed = 2 * cells["sd"] * (1 / cells["n"] + 1 / cells["m"]) ** 0.5
+    cells["agrees"] = (cells["difference"].abs() <= allowed + 1e-9).map({True: "yes", False: "no"})
+    cells.loc[cells["difference"].isna() | cells["sd"].isna(), "agrees"] = "–"
+    for name in TABLES:
+        if then[name].attrs["data"] != now[name].attrs["data"]:
+            cells.loc[cells.index.get_level_values("table") == name, "agrees"] = "–"
+    cells["by chance"] = 2 * student.sf(2, (cells["n"] - 1).clip(lower=1))
+    return cells, ""
+
+
+def main() -> None:
+    """The command line; see `make help`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick", help="smoke, quick, subset or paper; subset@0.05: a share of it")
+    parser.add_argument("--seeds", default=1, type=int, help="how many seeds: 0, 1, …")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--data", default="data", help="folder of the data files")
+    parser.add_argument(
+        "--scheduler",
+        default="auto",
+        type=lambda word: None if word == "none" else word,
+        help="who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto",
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/"
+    )
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
+    options = parser.parse_args()
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        if options.prepare:
+            prepare(options.prepare)
+        elif options.in_place:
+            reproduce(place := setting())
+            for source in notebooks():
+                with atomic_write(source) as temporary:
+                    shutil.copyfile(place.results / "notebooks" / source.name, temporary)
+        else:
+            reproduce(setting(options.profile, options.seeds, options.device, options.data), options.scheduler)
+    except (DMVAEError, papermill.PapermillExecutionError) as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; the same command goes on from the last checkpoints.")
+
+
+if __name__ == "__main__":
+    main()

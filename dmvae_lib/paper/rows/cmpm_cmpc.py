@@ -1,0 +1,52 @@
+"""Table 2, CMPM+CMPC: cross-modal projection matching and classification (Zhang & Lu 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmvae_lib.models import Terms
+from dmvae_lib.models.base import Batch
+from dmvae_lib.paper.data import DataSet, Splits
+from dmvae_lib.paper.rows.joint_embedding import (
+    IdentityClassifier,
+    JointEmbedding,
+    feature_sizes,
+    lstm_text,
+    matching_terms,
+    training_classes,
+)
+
+
+def project(x: Tensor, y: Tensor) -> Tensor:
+    """The projection of each row of x on the direction of the same row of y, (B, d)."""
+    unit = F.normalize(y, dim=-1)
+    return (x * unit).sum(-1, keepdim=True) * unit
+
+
+class CMPMCMPC(JointEmbedding):
+    """The paper's text network (Sec. 5.2); Eq. 4 in both directions and norm-softmax classification of projections:
+    the image's projection on its caption, and the caption's on its image, must name the class.
+
+    classes: the labels that occur in training. Zhang & Lu train the image network too; here its feature is fixed.
+    """
+
+    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int = 512, hidden: int = 512):
+        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        self.classifier = IdentityClassifier(classes, dim)
+
+    def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
+        """Terms "matching(image)", "matching(text)", "classification(image)", "classification(text)"."""
+        image, text = self.embed(batch, labels)
+        classification = {
+            "classification(image)": self.classifier(project(image, text), labels),
+            "classification(text)": self.classifier(project(text, image), labels),
+        }
+        return Terms(others=matching_terms(image, text, labels) | classification)
+
+
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> CMPMCMPC:
+    """`CMPMCMPC` for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states."""
+    return CMPMCMPC(*feature_sizes(splits), training_classes(splits), retrieval_hidden, retrieval_hidden)

@@ -1,0 +1,287 @@
+"""The rows of Tables 1 and 3 (Sec. 5.1), of the related models of Sec. 2, and the classifiers that judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmvae_lib.distributions import laplace
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.metrics import coherence, cross_coherence, predict
+from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, Terms
+from dmvae_lib.pairing import PairedData
+from dmvae_lib.paper.data import DataSet, Splits
+from dmvae_lib.paper.data.digits import MNIST_SVHN
+from dmvae_lib.paper.profiles import Profile
+from dmvae_lib.paper.rows.row import Row
+from dmvae_lib.paper.runs import Run, Setting
+from dmvae_lib.training import Schedule
+
+Dims = Mapping[str, int]
+Weights = Mapping[str, float]
+
+# --- models: functions of any data set that has networks ------------------------------------------------------------
+
+
+def modalities(
+    data: DataSet,
+    family: str,
+    likelihood: Any,
+    shared_dim: int,
+    private_dims: Dims,
+    weights: Weights,
+    width: float,
+    initialise: str,
+) -> dict[str, Modality]:
+    """The data set's modalities with its networks of a family. Raises DMVAEError for options of other modalities."""
+    if data.networks is None:
+        raise DMVAEError(f"data set {data.name!r} has no networks; give it a function that makes them.")
+    for what, given in (("private_dims", private_dims), ("weights", weights)):
+        if set(given) != set(data.modalities):
+            raise DMVAEError(f"{what} are for {', '.join(given)}; {data.name!r} has {', '.join(data.modalities)}.")
+    networks = {
+        name: data.networks(family, name, private_dims[name], shared_dim, width, initialise) for name in data.modalities
+    }
+    return {name: Modality(*of, private_dims[name], weights[name], likelihood) for name, of in networks.items()}
+
+
+def dmvae(
+    data: DataSet,
+    splits: Splits,
+    *,
+    shared_dim: int,
+    private_dims: Dims,
+    weights: Weights,
+    width: float,
+    initialise: str,
+    without: Sequence[str] = (),
+) -> DMVAE:
+    """Eq. 3, `without` some of its terms."""
+    of = modalities(data, "dmvae", "bernoulli", shared_dim, private_dims, weights, width, initialise)
+    return DMVAE(of, shared_dim, without)
+
+
+def _shared(data: DataSet, shared_dim: int, *rest: Any, family: str = "dmvae", likelihood: Any = "bernoulli"):
+    """The modalities of a model with one code for all and no private ones."""
+    return modalities(data, family, likelihood, shared_dim, dict.fromkeys(data.modalities, 0), *rest)
+
+
+def mvae(
+    data: DataSet,
+    splits: Splits,
+    *,
+    shared_dim: int,
+    weights: Weights,
+    width: float,
+    initialise: str,
+    random_subsets: int = 0,
+) -> MVAE:
+    """Wu & Goodman 2018: a product of experts; the bounds of all modalities, of each alone and of random subsets."""
+    return MVAE(_shared(data, shared_dim, weights, width, initialise), shared_dim, random_subsets)
+
+
+def mmvae(
+    data: DataSet,
+    splits: Splits,
+    *,
+    shared_dim: int,
+    weights: Weights,
+    width: float,
+    initialise: str,
+    particles: int,
+) -> MMVAE:
+    """Shi et al. 2019: a mixture of Laplace experts, networks of its own, Laplace likelihoods of scale 0.75."""
+    options: dict[str, Any] = {"family": "mmvae", "likelihood": laplace(0.75)._replace(unit=True)}
+    return MMVAE(_shared(data, shared_dim, weights, width, initialise, **options), shared_dim, particles)
+
+
+def _joint_encoder(data: DataSet, *sizes: Any) -> nn.Module:
+    if data.joint_encoder is None:
+        raise DMVAEError(f"data set {data.name!r} has no joint_encoder, which JMVAE and TELBO need; give it one.")
+    return data.joint_encoder(*sizes)
+
+
+def jmvae(data: DataSet, splits: Splits, *, shared_dim: int, weights: Weights, width: float, initialise: str) -> JMVAE:
+    """Suzuki et al. 2016: a network for the joint posterior, to which each modality's is drawn."""
+    of = _shared(data, shared_dim, weights, width, initialise)
+    return JMVAE(of, shared_dim, _joint_encoder(data, shared_dim, width, initialise))
+
+
+def telbo(data: DataSet, splits: Splits, *, shared_dim: int, weights: Weights, width: float, initialise: str) -> TELBO:
+    """Vedantam et al. 2018: a network for the joint posterior, and a bound for each modality alone."""
+    of = _shared(data, shared_dim, weights, width, initialise)
+    return TELBO(of, shared_dim, _joint_encoder(data, shared_dim, width, initialise))
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def updates(profile: Profile) -> Schedule:
+    """The profile's updates of every model of the digits but MMVAE."""
+    return Schedule(profile.steps, profile.batch_size, profile.learning_rate, precision=profile.precision)
+
+
+def annealed(profile: Profile) -> Schedule:
+    """The weight of the KLs rises during the first half (MVAE)."""
+    return replace(updates(profile), anneal_steps=round(0.5 * profile.steps))
+
+
+def by_particles(profile: Profile) -> Schedule:
+    """MMVAE's, whose updates cost `particles` times as much."""
+    # Some 0.5 GB of activations for each chunk of 500 codes of two modalities; larger ones are slower on a CPU.
+    chunks = ceil(profile.particles * profile.particle_batch / 500)
+    size = {"steps": profile.particle_steps, "batch_size": profile.particle_batch, "chunks": chunks}
+    return replace(updates(profile), **size)
+
+
+def judging(profile: Profile) -> Schedule:
+    """The evaluation classifiers' (MMVAE's protocol)."""
+    return Schedule(profile.classifier_steps, 128, precision=profile.precision)
+
+
+# --- the classifiers that judge, and Sec. 5.1's evaluation ------------------------------------------------------------
+
+
+def classifier(data: DataSet, splits: Splits, *, modality: str) -> nn.Module:
+    """The data set's evaluation classifier of one modality."""
+    if data.classifier is None:
+        raise DMVAEError(
+            f"data set {data.name!r} has no evaluation classifier; give it one, or a row without coherence."
+        )
+    return data.classifier(modality)
+
+
+def one_modality(pairs: PairedData, name: str) -> PairedData:
+    """The items of one modality, each once."""
+    items, labels = pairs.items[name], pairs.item_labels[name]
+    return PairedData({name: items}, {name: torch.arange(len(items))}, {name: labels})
+
+
+def training_items(splits: Splits, name: str) -> PairedData:
+    """What a judge learns from: real training images as they are, none that was generated."""
+    return one_modality(splits.train, name)
+
+
+def cross_entropy(
+    model: nn.Module, batch: Mapping[str, Tensor], labels: Tensor | None, observed: object, beta: float
+) -> Terms:
+    """A classifier's objective."""
+    (images,) = batch.values()
+    return Terms(others={"cross_entropy": F.cross_entropy(model(images), labels)})
+
+
+@torch.no_grad()
+def accuracy(run: Run) -> dict:
+    """The share of the modality's test images whose class a judge predicts, which bounds what it can measure."""
+    device = next(run.model.parameters()).device
+    items = one_modality(run.setting.splits(run.row.data).test, run.row.options["modality"]).to(device)
+    rows = torch.arange(len(items), device=device).split(1_000)
+    predicted = torch.cat([predict(run.model, *items.batch(part).values()) for part in rows])
+    return {"scores": {"accuracy": cross_coherence(predicted, items.labels)}}
+
+
+def judge(data: DataSet, modality: str) -> Row:
+    """The row of a modality's evaluation classifier. Raises DMVAEError for an unknown modality."""
+    if modality not in data.modalities:
+        raise DMVAEError(f"unknown modality {modality!r}; {data.name!r} has {', '.join(data.modalities)}.")
+    return Row(
+        name=f"classifier-{modality}",
+        title=f"classifier of {modality}",
+        data=data,
+        build=classifier,
+        schedule=judging,
+        evaluate=accuracy,
+        options={"modality": modality},
+        objective=cross_entropy,
+        select=partial(training_items, name=modality),
+    )
+
+
+@lru_cache(maxsize=4)
+def judges(setting: Setting, data: DataSet) -> dict[str, Run]:
+    """{modality: the run of its evaluation classifier}, of seed 0; built once per process."""
+    return {name: Run(judge(data, name), 0, setting) for name in data.modalities}
+
+
+def judged(run: Run) -> dict:
+    """Table 1's measures (`dmvae_lib.metrics.coherence`) on the setting's evaluation pairs, and which judges said so."""
+    by = judges(run.setting, run.row.data)
+    test = run.setting.splits(run.row.data).test
+    scores = coherence(run.model, test, {name: judge.model for name, judge in by.items()})
+    facts = {name: judge.scores | {"sha256": judge.entry["files"]["model.safetensors"]} for name, judge in by.items()}
+    return {"scores": scores, "judges": facts}
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+DMVAE_ROW = Row(
+    name="dmvae",
+    title="DMVAE",
+    data=MNIST_SVHN,
+    build=dmvae,
+    schedule=updates,
+    evaluate=judged,
+    options={"shared_dim": 10, "private_dims": {"mnist": 1, "svhn": 4}, "initialise": "release"},
+    from_profile=("width",),
+)
+# The baselines have one latent space of MMVAE's size and weigh MNIST by the ratio of pixels, as MMVAE does.
+BASELINE = {"shared_dim": 20, "weights": {"mnist": 3072 / 784, "svhn": 1.0}, "initialise": "kaiming"}
+MVAE_ROW = replace(DMVAE_ROW, name="mvae", title="MVAE", build=mvae, schedule=annealed, options=BASELINE)
+
+
+def _variant(name: str, title: str, **options: Any) -> Row:
+    return replace(DMVAE_ROW, name=name, title=title, options={**DMVAE_ROW.options, **options})
+
+
+TABLE1 = {
+    "MVAE": MVAE_ROW,
+    "MMVAE": replace(
+        MVAE_ROW, name="mmvae", title="MMVAE", build=mmvae, schedule=by_particles, from_profile=("width", "particles")
+    ),
+    "DMVAE": DMVAE_ROW,
+}
+RELATED = {  # discussed in Sec. 2, without numbers in the paper
+    "JMVAE": replace(MVAE_ROW, name="jmvae", title="JMVAE", build=jmvae, schedule=updates),
+    "JVAE (TELBO)": replace(MVAE_ROW, name="telbo", title="JVAE (TELBO)", build=telbo, schedule=updates),
+}
+TABLE3 = {
+    "full": DMVAE_ROW,
+    "no PoE": _variant("dmvae-no-poe", "no PoE", without=["mnist<-joint", "svhn<-joint"]),
+    "no crVAE M2S": _variant("dmvae-no-m2s", "no crVAE M2S", without=["svhn<-mnist"]),
+    "no crVAE S2M": _variant("dmvae-no-s2m", "no crVAE S2M", without=["mnist<-svhn"]),
+    "no crVAE": _variant("dmvae-no-cross", "no crVAE", without=["svhn<-mnist", "mnist<-svhn"]),
+    "no private spaces": _variant("dmvae-no-private", "no private spaces", private_dims={"mnist": 0, "svhn": 0}),
+}
+# The authors' public release multiplies the joint reconstructions by zero and keeps their KLs.
+RELEASE = _variant(
+    "dmvae-release",
+    "as released",
+    without=["log_likelihood(mnist<-joint)", "log_likelihood(svhn<-joint)"],
+)
+DIGITS = tuple({row.name: row for row in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)}.values())
+CLASSIFIERS = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}
+
+
+def first_images(splits: Splits, modality: str, first: int, permutations: int) -> PairedData:
+    """The training pairs made with only the first images of one modality, in their order."""
+    items, labels = dict(splits.train.items), dict(splits.train.item_labels)
+    items[modality], labels[modality] = items[modality][:first], labels[modality][:first]
+    return PairedData.pair(items, labels, permutations)
+
+
+def learning_curve(profile: Profile) -> dict[int, Row]:
+    """DMVAE on the first SVHN training images alone: {so many: its row}, as the profile says."""
+    select = partial(first_images, modality="svhn", permutations=profile.permutations)
+    return {
+        n: replace(
+            DMVAE_ROW, name=f"dmvae-first-{n}", title=f"DMVAE, {n:,} SVHN images", select=partial(select, first=n)
+        )
+        for n in profile.learning_curve
+    }

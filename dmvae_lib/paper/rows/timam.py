@@ -1,0 +1,72 @@
+"""Table 2, TIMAM: identification, projection matching, adversarial modality discriminator (Sarafianos et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmvae_lib.models import Terms
+from dmvae_lib.models.base import Batch
+from dmvae_lib.paper.data import DataSet, Splits
+from dmvae_lib.paper.rows.joint_embedding import (
+    IdentityClassifier,
+    JointEmbedding,
+    feature_sizes,
+    lstm_text,
+    matching_terms,
+    training_classes,
+)
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """x itself, whose gradient changes sign on the way back."""
+    return 2 * x.detach() - x
+
+
+class TIMAM(JointEmbedding):
+    """BERT's token embeddings through the paper's text network (Sec. 5.2), and the sum of three losses:
+
+    norm-softmax classification of both embeddings with one set of class vectors; Eq. 4 in both directions; and
+    `adversarial` times the cross-entropy of a discriminator that tells images from captions, which the discriminator
+    minimises and the embeddings maximise.
+
+    classes: the labels that occur in training. Sarafianos et al. train the image network and take turns between
+    discriminator and embeddings; here the image feature is fixed and a reversed gradient does both in one step.
+    """
+
+    def __init__(
+        self,
+        image_dim: int,
+        token_dim: int,
+        classes: Sequence[int],
+        dim: int = 512,
+        hidden: int = 512,
+        discriminator: int = 256,
+        adversarial: float = 0.1,
+    ):
+        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        self.classifier = IdentityClassifier(classes, dim)
+        self.discriminator = nn.Sequential(nn.Linear(dim, discriminator), nn.ReLU(), nn.Linear(discriminator, 1))
+        self.adversarial = adversarial
+
+    def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
+        """Terms "identity(image)", "identity(text)", "matching(image)", "matching(text)" and, with its weight,
+        "discriminator"."""
+        image, text = self.embed(batch, labels)
+        identity = {
+            "identity(image)": self.classifier(image, labels),
+            "identity(text)": self.classifier(text, labels),
+        }
+        logits = self.discriminator(reverse_gradient(torch.cat([image, text])))[:, 0]
+        is_image = torch.cat([torch.ones(len(image)), torch.zeros(len(text))]).to(logits)
+        discriminator = self.adversarial * F.binary_cross_entropy_with_logits(logits, is_image)
+        return Terms(others=identity | matching_terms(image, text, labels) | {"discriminator": discriminator})
+
+
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, adversarial: float = 0.1) -> TIMAM:
+    """`TIMAM` for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states."""
+    sizes = feature_sizes(splits)
+    return TIMAM(*sizes, training_classes(splits), retrieval_hidden, retrieval_hidden, adversarial=adversarial)

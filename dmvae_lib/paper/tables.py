@@ -1,0 +1,344 @@
+"""Views of the ledger: tables beside the paper's numbers, claims, and results/ with where each artefact came from."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import gmtime, strftime
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_leftovers, sha256, write_json
+from dmvae_lib.paper.published import MEASURES, Claim
+from dmvae_lib.paper.rows.row import Row
+from dmvae_lib.paper.runs import Run, Setting, commit
+
+REPAIR = "Take the committed one back by `git checkout`, or delete it and run `make reproduce`."
+OWN_FIGURES = re.compile("fig[45][a-z]?|fig[678]")  # the paper's: as PDFs too, for those who cite them
+BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
+MARK = "Made before the present code and initialisation; to be replaced"
+
+# --- the ledger, and tables of it -------------------------------------------------------------------------------------
+
+
+def ledger(setting: Setting) -> dict[tuple[str, int], dict]:
+    """{(row's name, seed): entry} of every run in the profile's ledger, of whatever configuration.
+
+    Raises DMVAEError that names the file for an entry that is damaged, changed by hand, or another run's.
+    """
+    if keeps(setting):
+        paths = {path: path.stem for path in (setting.results / "runs").glob("*.json")}
+    else:
+        part = setting.profile.name + ("" if setting.evaluation == "test" else f"-{setting.evaluation}")
+        paths = {path: path.parent.name for path in (setting.runs / part).glob("*/entry.json")}
+    found = {}
+    for path, name in sorted(paths.items()):
+        entry = check_seal(read_json(path, REPAIR), str(path), REPAIR)
+        if name != f"{entry['row']}-{entry['seed']}":
+            raise DMVAEError(f"{path} is the entry of {entry['row']}, seed {entry['seed']}, not its own. {REPAIR}")
+        found[entry["row"], entry["seed"]] = entry
+    return found
+
+
+def keeps(setting: Setting) -> bool:
+    """Whether results/ is written: not by profile smoke, and not on a validation split."""
+    return setting.profile.writes_results and setting.evaluation == "test"
+
+
+def table(
+    rows: Mapping[str, Row],
+    setting: Setting,
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+    seeds: Collection[int] | None = None,
+) -> pd.DataFrame:
+    """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
+
+    rows: {title: Row}; a row without such an entry stands there with missing numbers. It trains nothing. The ledger's
+    files that it is made of are `.attrs["runs"]`. Raises DMVAEError for entries on other test data than their
+    neighbours', and as `ledger` does; their fingerprints are `.attrs["data"]`.
+    """
+    entries, used = ledger(setting), []
+    tested: dict[str, tuple[str, str]] = {}
+    values: dict[str, list] = {title: [] for title in rows}
+    for title, row in rows.items():
+        for (name, seed), entry in sorted(entries.items()):
+            if name != row.name or (seeds is not None and seed not in seeds):
+                continue
+            if entry["config"] != row.config(setting.profile, seed):
+                continue
+            file, data = f"{name}-{seed}.json", entry["data"]["test"]
+            other, expected = tested.setdefault(row.data.name, (file, data))
+            if data != expected:
+                raise DMVAEError(
+                    f"{setting.results / 'runs'}: {other} was scored on the test data {expected} and {file} on {data}; "
+                    f"one table needs one. `make reproduce` with SEEDS={seed + 1} or more makes them anew on this data."
+                )
+            values[title].append(entry["scores"])
+            used.append(file)
+    made = compare(values, paper or {})
+    made.attrs |= {"runs": list(dict.fromkeys(used)), "data": {name: data for name, (_, data) in tested.items()}}
+    return made
+
+
+def compare(
+    values: Mapping[str, Sequence[Mapping[str, float]]], paper: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """Long table of measured shares beside the paper's percentages.
+
+    values: {row: [{measure: share in [0, 1]} for every seed]}; paper: {row: {measure: percent}}, rows may be absent.
+    Columns, in percent: mean, sd (over seeds; missing with one), seeds, paper, difference (mean - paper), and each
+    seed's own number, as text. A row without seeds has the others' measures, with missing numbers.
+    """
+    records = []
+    everyones = dict.fromkeys(m for found in (*values.values(), paper.values()) for scores in found for m in scores)
+    for row, seeds in values.items():
+        for measure in seeds[0] if seeds else everyones:
+            percents = [100 * seed[measure] for seed in seeds]
+            mean = statistics.fmean(percents) if percents else float("nan")
+            sd = statistics.stdev(percents) if len(percents) > 1 else float("nan")
+            published = paper.get(row, {}).get(measure, float("nan"))
+            each = " ".join(f"{percent:.2f}" for percent in percents)
+            title = MEASURES.get(measure, measure)
+            records.append((row, title, mean, sd, len(seeds), published, mean - published, each))
+    columns = ["row", "measure", "mean", "sd", "seeds", "paper", "difference", "each"]
+    return pd.DataFrame(records, columns=columns).set_index(["row", "measure"])
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`compare`'s table as people read it: a line per row, for each measure ours (mean ± sd), the paper's, the difference."""
+
+    columns = {
+        "ours": [_text(mean) + ("" if pd.isna(sd) else f" ± {sd:.1f}") for mean, sd in zip(table["mean"], table["sd"])],
+        "paper": [_text(percent, "g") for percent in table["paper"]],
+        "difference": [_text(difference, "+.1f") for difference in table["difference"]],
+    }
+    lines = pd.DataFrame(columns, index=table.index).unstack("measure").swaplevel(axis=1).fillna("–")
+    rows, measures = (table.index.get_level_values(level).unique() for level in ("row", "measure"))
+    order = [(measure, column) for measure in measures for column in columns]
+    return lines.loc[rows, pd.MultiIndex.from_tuples(order)].rename_axis(None)
+
+
+def _text(value: float, form: str = ".1f") -> str:
+    return "–" if pd.isna(value) else f"{value:{form}}"
+
+
+def check(claims: Iterable[Claim], table: pd.DataFrame) -> pd.DataFrame:
+    """Whether each claim of the paper's text holds in `compare`'s table: a line each, with the two numbers compared.
+
+    A difference smaller than the standard deviations of the two cells together is marked as within the spread.
+    """
+    lines = []
+    for claim in claims:
+        greater, than = (table.loc[(row, MEASURES.get(m, m))] for row, m in (claim.greater, claim.than))
+        difference = greater["mean"] - claim.factor * than["mean"]
+        spread = (greater["sd"] ** 2 + (claim.factor * than["sd"]) ** 2) ** 0.5  # missing with one seed: then no mark
+        verdict = "holds" if difference > 0 else "no runs" if pd.isna(difference) else "does not hold"
+        verdict += ", within the spread of seeds" if abs(difference) < spread else ""
+        factor = "" if claim.factor == 1 else f"{claim.factor:g} × "
+        means = f"{claim.greater[0]} {_text(greater['mean'])} > {factor}{claim.than[0]} {_text(than['mean'])}"
+        lines.append((claim.text, means, verdict))
+    return pd.DataFrame(lines, columns=["claim", "means", "here"]).set_index("claim")
+
+
+def median(runs: Iterable[Run]) -> Run:
+    """The run with the median score (the mean of its measures; of an even number the lower): what figures are made from."""
+    ranked = sorted(runs, key=lambda run: statistics.fmean(run.scores.values()))
+    return ranked[(len(ranked) - 1) // 2]
+
+
+# --- results/ ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """Writes a notebook's artefacts to results/<profile>/, each with its entry in manifest.json, and the pages on them.
+
+    notebook: its name, as in "03_table1", or the path of a script. runs: what the artefact is made from, as Runs or as
+    names of the ledger's files (`table.attrs["runs"]`). Nothing is written unless the setting `keeps` results.
+    """
+
+    setting: Setting
+    notebook: str
+
+    def table(self, name: str, table: pd.DataFrame, caption: str, runs: Iterable[Run | str] = ()) -> pd.DataFrame:
+        """name.csv (numbers), name.md and name.tex (readable; booktabs) of `compare`'s table; returns the readable one.
+
+        Its entries of the ledger are in the manifest by themselves; runs: others, as the classifiers'.
+        """
+        shown, seeds = readable(table), sorted({int(n) for n in table["seeds"]})
+        counted = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] != 1)}"
+        caption = f"{caption} Profile {self.setting.profile.name}, {counted}, percent."
+        flat = shown.copy()
+        flat.columns = [f"{measure}, {column}" for measure, column in shown.columns]
+        layout = {"label": f"tab:{name}", "column_format": "l" + "rrr" * (shown.shape[1] // 3), "escape": True}
+        bare = caption.split(": ", 1)[-1]  # LaTeX numbers its tables itself
+        latex = shown.to_latex(caption=bare.replace("%", r"\%").replace("&", r"\&"), **layout)
+        for character, command in (("→", r"$\rightarrow$"), ("±", r"$\pm$"), ("–", "--")):
+            latex = latex.replace(character, command)
+        markdown = f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n"
+        texts = {"csv": table.to_csv(float_format="%.4f"), "md": markdown, "tex": latex}
+        self._keep(name, caption, [*table.attrs.get("runs", ()), *runs], _writers(texts))
+        return shown
+
+    def frame(self, name: str, frame: pd.DataFrame, caption: str, runs: Iterable[Run | str] = ()) -> pd.DataFrame:
+        """name.csv and name.md of any other table; returns it."""
+        caption = f"{caption} Profile {self.setting.profile.name}."
+        flat = frame.reset_index() if frame.index.nlevels > 1 else frame  # tabulate writes a MultiIndex as tuples
+        shown = flat.to_markdown(index=flat is frame, disable_numparse=True)
+        self._keep(name, caption, runs, _writers({"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"}))
+        return frame
+
+    def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run | str] = (), dpi: int = 150) -> Figure:
+        """name.png and, for the paper's own figures, name.pdf; returns the figure."""
+        caption = f"{caption} Profile {self.setting.profile.name}."
+        writers = {"png": lambda path: figure.savefig(path, dpi=dpi, bbox_inches="tight")}
+        if OWN_FIGURES.fullmatch(name):
+            writers["pdf"] = lambda path: figure.savefig(path, bbox_inches="tight", metadata={"CreationDate": None})
+        self._keep(name, caption, runs, writers)
+        return figure
+
+    def _keep(self, name: str, caption: str, runs: Iterable[Run | str], writers: Mapping[str, Callable]) -> None:
+        if not keeps(self.setting):
+            return
+        folder = self.setting.results
+        made_by = self.notebook if "/" in self.notebook else f"notebooks/{self.notebook}.ipynb"
+        with locked(folder.parent, "writing results"):
+            remove_leftovers(folder)
+            for suffix, write in writers.items():
+                with atomic_write(folder / f"{name}.{suffix}") as temporary:
+                    write(temporary)
+            files = {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers}
+            used = list(dict.fromkeys(run if isinstance(run, str) else run.entry_path.name for run in runs))
+            made = {"commit": commit(), "dmvae_lib": version("dmvae_lib")}
+            made["finished"] = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+            entry = {"caption": caption, "notebook": made_by, "files": files, "runs": used, "made": made}
+            manifest = read_json(folder / "manifest.json", REPAIR) if (folder / "manifest.json").exists() else {}
+            for former in manifest.get(name, {"files": {}})["files"].keys() - files.keys():
+                (folder / former).unlink(missing_ok=True)
+            write_json(folder / "manifest.json", dict(sorted((manifest | {name: entry}).items())))
+            write_pages(folder.parent)
+
+
+def _writers(texts: Mapping[str, str]) -> dict[str, Callable]:
+    return {suffix: lambda path, text=text: path.write_text(text, "utf-8") for suffix, text in texts.items()}
+
+
+# --- the pages on them ------------------------------------------------------------------------------------------------
+
+
+def write_pages(results: Path) -> None:
+    """results/README.md and the tables in the README beside results/, of the manifests and files that are there."""
+    with atomic_write(results / "README.md") as temporary:
+        temporary.write_text(index(results), "utf-8")
+    if (readme := results.parent / "README.md").exists():
+        text = readme.read_text("utf-8")
+        if BEGIN not in text or END not in text:
+            raise DMVAEError(f"{readme} lacks the marks {BEGIN!r} and {END!r}; put them back where the tables belong.")
+        with atomic_write(readme) as temporary:
+            between = f"{BEGIN}\n\n{readme_tables(results)}\n"
+            temporary.write_text(text[: text.index(BEGIN)] + between + text[text.index(END) :], "utf-8")
+
+
+def _manifests(results: Path) -> dict[str, dict]:
+    """{profile: its manifest}; a rehearsal's, `name@share`, is nothing to cite."""
+    paths = [path for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
+    return {path.parent.name: read_json(path, REPAIR) for path in paths}
+
+
+def _old(entry: Mapping) -> bool:
+    return "packages" in entry["made"]  # as written before there was a ledger
+
+
+INTRODUCTION = """# Results
+
+Every table and figure of the paper, regenerated. A folder is a profile (its data and budget) and never mixes two. Tables and
+claims are made from the profile's ledger, `runs/`: a file for each run, with its configuration, data, versions, machine, seconds
+and every score. `manifest.json` holds each artefact's caption, notebook, files with their SHA-256, and runs. This page and the
+README's tables are written anew with each artefact.
+
+To cite one, fill in its line below; `git hash-object FILE` prints GIT-HASH, by which Software Heritage finds the file for good:
+
+```bibtex
+@misc{dmvae_lib-PROFILE-ARTEFACT,
+  author = {{The dmvae\\_lib authors}},
+  title = {CAPTION},
+  howpublished = {dmvae\\_lib VERSION, results/PROFILE/FILE},
+  note = {SHA-256 DIGEST},
+  url = {https://archive.softwareheritage.org/swh:1:cnt:GIT-HASH},
+}
+```
+"""
+
+
+def index(results: Path) -> str:
+    """results/README.md: a line for each artefact of every profile, and the tables beside the paper's numbers."""
+    lines = [INTRODUCTION]
+    for profile, manifest in _manifests(results).items():
+        folder = results / profile
+        lines += [f"## Profile `{profile}`", ""]
+        if old := [name for name, entry in manifest.items() if _old(entry)]:
+            lines += [f"**{MARK}**: {'all of it' if len(old) == len(manifest) else ', '.join(old)}.", ""]
+        lines += ["| artefact | what it shows | files, SHA-256 | made by, from runs (seeds) |", "|---|---|---|---|"]
+        for name, entry in manifest.items():
+            files = [
+                f"[{Path(file).suffix[1:]}]({profile}/{file}) [`{digest[:12]}`]({profile}/manifest.json)"
+                + ("" if _is(folder / file, digest) else " **changed since**")
+                for file, digest in entry["files"].items()
+            ]
+            by, short = Path(entry["notebook"]), entry["caption"].split(". ")[0].replace("|", r"\|")
+            source = [by.stem if _old(entry) else f"[{by.stem}](../{by})", *_runs(entry, profile)]
+            shown = f"{name}.md" if f"{name}.md" in entry["files"] else next(iter(entry["files"]))
+            lines.append(f"| [{name}]({profile}/{shown}) | {short} | {' '.join(files)} | {'; '.join(source)} |")
+        for name, entry in manifest.items():
+            text = folder / f"{name}.md"
+            if f"{name}.tex" in entry["files"] and text.exists():  # beside the paper's numbers: these are shown
+                lines += ["", text.read_text("utf-8").rstrip()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _runs(entry: Mapping, profile: str) -> list[str]:
+    """For each row "name 0 1 2", every seed a link to its file in the ledger."""
+    rows: dict[str, str] = {}
+    for file in [] if _old(entry) else entry["runs"]:
+        row, _, seed = file.removesuffix(".json").rpartition("-")
+        rows[row] = rows.get(row, row) + f" [{seed}]({profile}/runs/{file})"
+    return list(rows.values())
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def readme_tables(results: Path, tables: Sequence[str] = ("table1", "table2", "table3")) -> str:
+    """The README's part on results: each table with every profile's numbers beside the published ones, from its csv.
+
+    A csv that is not the one in the manifest is not shown.
+    """
+    manifests = dict(reversed(_manifests(results).items()))
+    found = []
+    for name in tables:
+        title, notes, rows = "", [], None
+        columns: dict[str, dict[str, pd.Series]] = {}
+        for profile, manifest in manifests.items():
+            path = results / profile / f"{name}.csv"
+            if name not in manifest or not _is(path, manifest[name]["files"][path.name]):
+                continue
+            title, _, note = manifest[name]["caption"].partition(". ")
+            notes.append(f"- `{profile}`: {note}" + f" **{MARK}.**" * _old(manifest[name]))
+            shown = readable(pd.read_csv(path, index_col=["row", "measure"]))
+            rows = shown.index if rows is None else rows.union(shown.index, sort=False)
+            for measure in shown.columns.unique(0):
+                columns.setdefault(measure, {f"{measure}: published": shown[measure, "paper"]})
+                columns[measure][f"`{profile}`"] = shown[measure, "ours"]
+        if columns:
+            flat = pd.concat({m: pd.DataFrame(of) for m, of in columns.items()}, axis=1).reindex(rows).fillna("–")
+            flat.columns = flat.columns.droplevel(0)
+            found += [f"**{title}.**", "", *notes, "", flat.to_markdown(disable_numparse=True), ""]
+    return "\n".join(found)

@@ -1,0 +1,64 @@
+"""Profiles and settings: what a notebook's parameters may be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmvae_lib import DMVAEError
+from dmvae_lib.paper import runs
+from dmvae_lib.paper.profiles import PROFILES, get_profile
+from dmvae_lib.paper.rows import ROWS
+
+
+def test_unknown_profile_device_evaluation_and_seeds():
+    with pytest.raises(DMVAEError, match="unknown profile 'fast'.*smoke, quick, subset, paper"):
+        runs.setting("fast")
+    with pytest.raises(DMVAEError, match="device 'tpu9'"):
+        runs.setting(device="tpu9")
+    with pytest.raises(DMVAEError, match="seeds=0"):
+        runs.setting(seeds=0)
+    with pytest.raises(DMVAEError, match="evaluation='train'.*test, validation"):
+        runs.setting(evaluation="train")
+    with pytest.raises(DMVAEError, match="data='a.*folder"):
+        runs.setting(data="a\0b")
+
+
+def test_a_share_of_a_profiles_updates():
+    quick, part = get_profile("quick"), get_profile("quick@0.05")
+    assert (part.steps, part.particle_steps) == (round(0.05 * quick.steps), round(0.05 * quick.particle_steps))
+    assert part.classifier_steps == quick.classifier_steps and part.name == "quick@0.05"  # the judges stay as they are
+    for bad in ("quick@0", "quick@2", "quick@half"):
+        with pytest.raises(DMVAEError, match=r"quick@.*\(0, 1\]"):
+            get_profile(bad)
+
+
+SHARE = st.one_of(st.text(max_size=8), st.floats().map(str), st.sampled_from(["nan", " 1", "1_0", "1/..", "٣", "1\n"]))
+
+
+@given(st.one_of(st.text(), st.tuples(st.sampled_from(sorted(PROFILES)), SHARE).map("@".join)))
+def test_a_profiles_name_is_known_and_can_be_a_folders_or_is_refused(name):
+    try:
+        profile = get_profile(name)
+    except DMVAEError as error:
+        assert "profile" in str(error)
+        return
+    base, at, share = name.partition("@")
+    assert (
+        profile.name == name and base in PROFILES and Path(name).name == name and name.isascii() and name.isprintable()
+    )
+    assert not at or 0 < float(share) <= 1 and 1 <= profile.steps <= PROFILES[base].steps
+
+
+@given(st.one_of(st.integers(max_value=0), st.floats(), st.text(), st.none(), st.lists(st.integers())))
+def test_seeds_are_a_count_or_refused(seeds):
+    with pytest.raises(DMVAEError, match="seeds="):
+        runs.setting(seeds=seeds)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_every_row_is_trained_in_the_profiles_precision(row):
+    schedule = row.schedule(replace(get_profile("quick"), precision="bfloat16"))
+    assert row.fit or schedule.precision == "bfloat16"
