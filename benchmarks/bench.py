@@ -188,10 +188,10 @@ def measure(place: Setting, contestants: Mapping[str, Callable] = CONTESTANTS, r
     device, batch_size = resolve_device(place.device), place.profile.batch_size
     data = place.splits(DMVAE_ROW.data).train
     precisions = {name: "bfloat16" if "bfloat16" in name else "float32" for name in contestants}
-    made = {name: contestant(fresh(place), data, batch_size, device) for name, contestant in contestants.items()}
-    spent: dict[str, list[float]] = {name: [] for name in made}
-    rates: dict[str, list[float]] = {precision: [] for precision in dict.fromkeys(precisions.values())}
+    spent: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {precision: [] for precision in precisions.values()}
     with _silence():
+        made = {name: contestant(fresh(place), data, batch_size, device) for name, contestant in contestants.items()}
         for work in made.values():
             work()  # warm: allocations, choice of kernels
         for _ in range(rounds):

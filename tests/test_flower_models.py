@@ -30,6 +30,7 @@ from dmvae_lib.paper.rows.word2vec import word2vec
 from dmvae_lib.paper.rows.word_cnn import word_cnn
 from dmvae_lib.paper.rows.word_cnn_rnn import word_cnn_rnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE_DIM, TOKEN_DIM, STEPS = 12, 8, 9
 CLASSES = (41, 43, 50, 77)
 SMALL = {

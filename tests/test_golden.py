@@ -88,7 +88,9 @@ def numbers(row) -> dict[str, dict[str, float]]:
 
 def check(row) -> None:
     expected, found = json.loads(GOLDEN.read_text()).get(row.name), numbers(row)
-    advice = f"or raise the row's version (its runs are then trained again) and run `{COMMAND}` to record the new numbers"
+    advice = (
+        f"or raise the row's version (its runs are then trained again) and run `{COMMAND}` to record the new numbers"
+    )
     assert expected is not None, f"row {row.name} has no golden numbers: run `{COMMAND}`"
     for when, values in expected.items():
         assert found[when] == pytest.approx(values, rel=1e-6, abs=1e-9), (
@@ -109,7 +111,9 @@ def test_no_row_is_recorded_that_is_gone():
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.fit], ids=lambda row: row.name)
 def test_the_steps_move_the_numbers_and_do_not_explode(row):
     start, after = json.loads(GOLDEN.read_text())[row.name].values()
-    assert abs(after["total"] - start["total"]) > 1e-4 * abs(start["total"]) and after["gradient"] < 10 * start["gradient"]
+    assert (
+        abs(after["total"] - start["total"]) > 1e-4 * abs(start["total"]) and after["gradient"] < 10 * start["gradient"]
+    )
 
 
 @pytest.mark.parametrize("name", ["dmvae", "mvae", "jmvae", "flowers-dmvae"])

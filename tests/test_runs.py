@@ -245,6 +245,16 @@ def test_a_run_cut_off_after_its_last_update_is_not_trained_again(tmp_path, at, 
     assert same(Run(ROW, 0, run.setting).model, Run(ROW, 0, place_in(tmp_path / "undisturbed")).model)
 
 
+def test_a_run_cut_off_while_it_replaces_another_leaves_neither_with_the_weights_of_the_other(tmp_path, monkeypatch):
+    place = place_in(tmp_path)
+    first = Run(ROW, 0, place).train()
+    monkeypatch.setattr(runs, "sha256", None)  # fails after weights and history are written
+    with pytest.raises(TypeError):
+        Run(replace(ROW, version=2), 0, place).train()
+    monkeypatch.undo()
+    assert same(Run(ROW, 0, place).model, first.model)
+
+
 NOTED = """
 import os, sys
 from dataclasses import replace
@@ -300,7 +310,9 @@ def test_validation_has_a_place_and_a_curve_of_its_own(tmp_path):
     assert validation.folder == tmp_path / "runs" / "toys-validation" / "toy-dmvae-0"
     assert validation.entry_path.parent == validation.folder and not place.results.exists()
     curve = validation.entry["curve"]
-    assert curve["updates"] == [8, 16, 24, 32, 40] and curve["left->top"][-1] == pytest.approx(validation.scores["left->top"], 1e-5)
+    assert curve["updates"] == [8, 16, 24, 32, 40] and curve["left->top"][-1] == pytest.approx(
+        validation.scores["left->top"], 1e-5
+    )
     test = Run(ROW, 0, place).train()
     assert same(test.model, validation.model) and test.entry["data"]["test"] != validation.entry["data"]["test"]
 

@@ -28,7 +28,9 @@ def imports(name: str, everywhere: bool) -> set[str]:
                 found.update(names & MODULES.keys() or {part.module})
             elif isinstance(part, ast.Import):
                 found.update(alias.name for alias in part.names)
-            later = isinstance(part, ast.FunctionDef) or isinstance(part, ast.If) and "TYPE_CHECKING" in ast.dump(part.test)
+            later = (
+                isinstance(part, ast.FunctionDef) or isinstance(part, ast.If) and "TYPE_CHECKING" in ast.dump(part.test)
+            )
             if everywhere or not later:
                 walk(part)
 
@@ -73,7 +75,16 @@ def test_importing_the_library_costs_little_more_than_importing_torch():
 
 
 def test_what_takes_long_to_import_is_not_imported():
-    heavy = {"pandas", "sklearn", "matplotlib", "transformers", "huggingface_hub", "torchvision", "distributed", "scipy"}
+    heavy = {
+        "pandas",
+        "sklearn",
+        "matplotlib",
+        "transformers",
+        "huggingface_hub",
+        "torchvision",
+        "distributed",
+        "scipy",
+    }
     code = "import sys, dmvae_lib, dmvae_lib.metrics, dmvae_lib.analysis; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert not heavy & set(found.split())

@@ -321,24 +321,26 @@ def test_an_interrupt_waits_for_the_end_of_the_update_and_loses_nothing(tmp_path
     assert torch.equal(found, expected) and history.equals(expected_history) and again.calls == PLAN.steps - at
 
 
-def test_a_second_interrupt_acts_at_once_and_so_does_one_without_a_folder(tmp_path):
-    def once_more(*arguments):
-        terms = objective(*arguments)
-        if objective.calls == 4 and folder:
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                raise Stop from None
-        return terms
+def test_a_second_interrupt_acts_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise Stop
 
-    folder, objective = tmp_path, signalling(signal.SIGINT, [4])
     with pytest.raises(Stop):
-        trained(folder, once_more)
+        trained(tmp_path, doing([4], twice))
     assert not (tmp_path / "checkpoint.pt").exists()
-    folder, objective = None, signalling(signal.SIGINT, [4])
-    with pytest.raises(KeyboardInterrupt):
-        trained(folder, once_more)
-    assert objective.calls == 4
+
+
+def test_an_interrupt_without_a_folder_acts_at_once():
+    def once():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise Stop
+
+    with pytest.raises(Stop):
+        trained(None, doing([4], once))
 
 
 def test_a_handler_that_goes_on_does_not_pass_a_part_of_the_run_for_the_whole(tmp_path):

@@ -229,7 +229,7 @@ class Run:
             row.fit(model, pairs, self.seed)
             model.to(resolve_device(place.device)).eval()
             history = pd.DataFrame(index=pd.Index([], name="step"))
-            history.attrs |= {"seconds": time.monotonic() - started, "precision": "float64"}
+            history.attrs |= {"seconds": time.monotonic() - started, "precision": "float32"}
         else:
             schedule = row.schedule(place.profile)
             # A curve of scores is for choices, so on the validation split alone.
@@ -251,6 +251,7 @@ class Run:
 
     def _begin(self, identity: str) -> None:
         """Removes what training in this folder by another configuration or on other data left, and says so."""
+        (self.folder / ENTRY).unlink(missing_ok=True)  # before its weights are another's
         note, checkpoint = self.folder / "identity", self.folder / "checkpoint.pt"
         if checkpoint.exists() and not (note.exists() and note.read_text() == identity):
             print(f"{checkpoint} is of another configuration or other data of {self}; it starts anew.", file=sys.stderr)

@@ -137,8 +137,7 @@ def by_particles(profile: Profile) -> Schedule:
     """MMVAE's, whose updates cost `particles` times as much."""
     # Some 0.5 GB of activations for each chunk of 500 codes of two modalities; larger ones are slower on a CPU.
     chunks = ceil(profile.particles * profile.particle_batch / 500)
-    size = {"steps": profile.particle_steps, "batch_size": profile.particle_batch, "chunks": chunks}
-    return replace(updates(profile), **size)
+    return replace(updates(profile), steps=profile.particle_steps, batch_size=profile.particle_batch, chunks=chunks)
 
 
 def judging(profile: Profile) -> Schedule:
@@ -159,9 +158,11 @@ def classifier(data: DataSet, splits: Splits, *, modality: str) -> nn.Module:
 
 
 def one_modality(pairs: PairedData, name: str) -> PairedData:
-    """The items of one modality, each once."""
-    items, labels = pairs.items[name], pairs.item_labels[name]
-    return PairedData({name: items}, {name: torch.arange(len(items))}, {name: labels})
+    """The items of one modality, each once. Raises DMVAEError for items without classes."""
+    if pairs.item_labels is None:
+        raise DMVAEError(f"the items of {name!r} have no labels, which a classifier learns from; give them.")
+    items = pairs.items[name]
+    return PairedData({name: items}, {name: torch.arange(len(items))}, {name: pairs.item_labels[name]})
 
 
 def training_items(splits: Splits, name: str) -> PairedData:
@@ -271,7 +272,7 @@ CLASSIFIERS = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}
 
 def first_images(splits: Splits, modality: str, first: int, permutations: int) -> PairedData:
     """The training pairs made with only the first images of one modality, in their order."""
-    items, labels = dict(splits.train.items), dict(splits.train.item_labels)
+    items, labels = dict(splits.train.items), dict(splits.train.item_labels or {})
     items[modality], labels[modality] = items[modality][:first], labels[modality][:first]
     return PairedData.pair(items, labels, permutations)
 
