@@ -21,6 +21,7 @@ from dmvae_lib.errors import DMVAEError
 FOLDER_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "the file system takes no file that large; choose another folder",
     errno.EACCES: "the folder is not writable; change its permissions or choose another folder",
     errno.EPERM: "the folder is not writable; change its permissions or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",

@@ -102,6 +102,8 @@ def test_its_row_leaves_an_entry_of_its_own_scored_as_ours_is(tmp_path):
     assert (theirs.name, theirs.evaluate) == ("multivae-dmvae", ours.evaluate)
     configs = [row.config(profile, 0) for row in (ours, theirs)]
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"row"}
-    entry = Run(theirs, 0, place).entry
+    run = Run(theirs, 0, place)
+    entry = run.entry
+    assert run.history.empty  # our loop had no part in it
     assert entry["row"] == "multivae-dmvae" and entry["title"].startswith("DMVAE, MultiVae ")
     assert entry["scores"] == {"parameters": sum(map(torch.numel, model.parameters()))}

@@ -250,7 +250,7 @@ def test_a_run_cut_off_while_it_replaces_another_leaves_neither_with_the_weights
     first = Run(ROW, 0, place).train()
     monkeypatch.setattr(runs, "sha256", None)  # fails after weights and history are written
     with pytest.raises(TypeError):
-        Run(replace(ROW, version=2), 0, place).train()
+        Run(replace(ROW, options=OPTIONS | {"without": ["left<-top"]}), 0, place).train()
     monkeypatch.undo()
     assert same(Run(ROW, 0, place).model, first.model)
 

@@ -1,6 +1,7 @@
 """A saved model is the model, and a folder that does not hold it is refused by name of what is wrong."""
 
 import re
+import resource
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,9 @@ def test_what_is_loaded_has_the_saved_objective_and_weights(name, tmp_path):
     model = MODELS[name]().eval()
     model.save(tmp_path / "new" / "folder")
     networks = {"joint_encoder": joint_encoder()} if name in ("JMVAE", "TELBO") else {}
-    again = type(model).from_pretrained(tmp_path / "new" / "folder", modalities(1 if name == "DMVAE" else 0), **networks)
+    again = type(model).from_pretrained(
+        tmp_path / "new" / "folder", modalities(1 if name == "DMVAE" else 0), **networks
+    )
     assert loss(again) == loss(model)
     assert not again.training
 
@@ -133,6 +136,17 @@ def test_missing_damaged_and_foreign_files(folder, tmp_path_factory):
         (folder / "config.json").write_text(text)
         with pytest.raises(DMVAEError, match="config.json cannot be read"):
             DMVAE.load(folder, modalities())
+
+
+def test_a_disk_that_takes_no_more_is_said_so(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(DMVAEError, match="cannot write .*model.safetensors: .*choose another folder"):
+            DMVAE(modalities(), SHARED).save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_over_a_model_leaves_the_new_one_or_a_checked_mixture(folder, monkeypatch):

@@ -153,7 +153,7 @@ def test_auto_trains_by_what_is_best_here(tmp_path, monkeypatch, best, by):
 
 def test_local_workers_have_a_core_each_and_leave_the_environment_alone():
     before = dict(os.environ)
-    with patch.dict(os.environ), workers.connect("local:2") as client:
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "2"}), workers.connect("local:2") as client:
         found = client.run(lambda: (os.environ["OMP_NUM_THREADS"], tqdm([]).disable))
     assert list(found.values()) == [("1", True)] * 2 and dict(os.environ) == before
 

@@ -91,10 +91,10 @@ class Posterior(NamedTuple):
     """
 
     private: dict[str, DiagonalGaussian]
-    shared: dict[str, DiagonalGaussian]
-    joint: DiagonalGaussian
+    shared: dict[str, Any]
+    joint: Any
     targets: dict[str, Tensor]
-    experts: dict[str, DiagonalGaussian]
+    experts: dict[str, Any]
     masks: dict[str, Tensor] | None = None
 
     def present(self, *names: str) -> Tensor | None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save
 from torch import nn
 
 from dmvae_lib.errors import DMVAEError
@@ -55,9 +55,11 @@ class Saved:
 
         Raises DMVAEError for a folder that cannot be written.
         """
-        folder = Path(folder)
+        folder, module = Path(folder), cast(Any, self)
+        once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}  # networks may be shared
+        weights = {name: values.contiguous() for name, values in module.state_dict().items() if name in once}
         with atomic_write(folder / WEIGHTS) as temporary:
-            save_model(self, str(temporary))
+            temporary.write_bytes(save(weights))  # safetensors' own writer hides what is wrong with the disk
         about = {"about": self.about} if self.about else {}
         seal = {"library": version("dmvae_lib"), "sha256": sha256(folder / WEIGHTS)}
         write_json(folder / CONFIG, _description(self) | about | seal)
