@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAE, DMVAEError, PairedData, Schedule, train
@@ -28,11 +29,9 @@ from dmvae_lib.paper.runs import Setting, setting
 from dmvae_lib.paper.tables import Results
 from dmvae_lib.training import resolve_device
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 STEPS, ROUNDS = 20, 5  # updates timed at a stretch; every contestant gets its stretch in each round
 LONGER = {"cuda": 50}  # ours is timed over so many times STEPS, where STEPS updates are over at once
+Work = Callable[[], float]  # updates, and returns seconds per update
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -56,12 +55,10 @@ def where(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-# --- the contestants: each returns a function that updates with batches of batch_size, and returns seconds per update --
+# --- the contestants --------------------------------------------------------------------------------------------------
 
 
-def ours(
-    model: DMVAE, data: PairedData, batch_size: int, device: torch.device, precision: str = "float32"
-) -> Callable[[], float]:
+def ours(model: DMVAE, data: PairedData, batch_size: int, device: torch.device, precision: str = "float32") -> Work:
     """This library's `train`."""
 
     def updates(n: int) -> None:
@@ -81,13 +78,10 @@ class PairsOfImages(Dataset):
         return len(next(iter(self.images.values())))
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        from PIL import Image
-        from torchvision.transforms.functional import to_tensor
-
         return {name: to_tensor(Image.fromarray(images[row])) for name, images in self.images.items()}
 
 
-def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], float]:
+def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Work:
     """A plain loop: one sample at a time through a data loader, one decoder pass per reconstruction, every term logged.
 
     It computes Eq. 3 on the same networks, as the authors' release does it.
@@ -107,11 +101,8 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
                 for source, shared in {"joint": posterior.joint, **posterior.shared}.items():
                     logits = model.decode(target, private.rsample(), shared.rsample())
                     error = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1).mean()
-                    terms = {
-                        "error": model.weights[target] * error,
-                        "private": private.kl().mean(),
-                        "shared": shared.kl().mean(),
-                    }
+                    terms = {"private": private.kl().mean(), "shared": shared.kl().mean()}
+                    terms["error"] = model.weights[target] * error
                     loss = loss + sum(terms.values())
                     for name, value in terms.items():
                         log[f"{target}<-{source}/{name}"] = log.get(f"{target}<-{source}/{name}", 0.0) + value.item()
@@ -122,7 +113,7 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
     return lambda: seconds(loop, device) / STEPS
 
 
-def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Callable[[], float]:
+def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Work:
     """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks, all pairs in memory."""
     from independent import multivae_trainer
     from multivae.data.datasets.base import MultimodalBaseDataset
@@ -133,7 +124,7 @@ def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.devi
 
 
 OURS = "dmvae_lib"
-CONTESTANTS: dict[str, Callable[..., Callable[[], float]]] = {
+CONTESTANTS: dict[str, Callable[..., Work]] = {
     OURS: ours,
     f"{OURS}, bfloat16": partial(ours, precision="bfloat16"),
     "plain data-loader loop": plain_loop,
@@ -144,9 +135,9 @@ CONTESTANTS: dict[str, Callable[..., Callable[[], float]]] = {
 # --- the limits ---------------------------------------------------------------------------------------------------
 
 
-def matmul_rate(device: torch.device, precision: str = "float32", n: int | None = None) -> float:
+def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP per second of a matrix product, the best of several; float32 on a GPU is TF32, as torch's convolutions are."""
-    n = n or (8_192 if device.type == "cuda" else 1_536)
+    n = 8_192 if device.type == "cuda" else 1_536
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
@@ -188,41 +179,24 @@ def measure(place: Setting, contestants: Mapping[str, Callable] = CONTESTANTS, r
     device, batch_size = resolve_device(place.device), place.profile.batch_size
     data = place.splits(DMVAE_ROW.data).train
     precisions = {name: "bfloat16" if "bfloat16" in name else "float32" for name in contestants}
-    spent: dict[str, list[float]] = {name: [] for name in contestants}
-    rates: dict[str, list[float]] = {precision: [] for precision in precisions.values()}
-    with _silence():
+    rates, spent = [], []
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # trainers print and draw bars
         made = {name: contestant(fresh(place), data, batch_size, device) for name, contestant in contestants.items()}
         for work in made.values():
             work()  # warm: allocations, choice of kernels
         for _ in range(rounds):
-            for precision, measured in rates.items():
-                measured.append(matmul_rate(device, precision))
-            for name, work in made.items():
-                spent[name].append(work())
+            rates.append({name: matmul_rate(device, name) for name in dict.fromkeys(precisions.values())})
+            spent.append({name: work() for name, work in made.items()})
     flops = operations(fresh(place), data.batch(torch.arange(batch_size)))
-    rate = {precision: statistics.median(measured) for precision, measured in rates.items()}
-    lines = []
-    for name, times in spent.items():
-        step = statistics.median(times)
-        ahead = statistics.median(other / own for own, other in zip(spent[OURS], times))
-        share = flops / step / rate[precisions[name]]
-        lines.append((name, batch_size / step, 1e3 * step, ahead, flops / step / 1e9, share))
-    columns = ["trainer", "pairs per second", "ms per update", "ours is faster by", "GFLOP/s", "share of matmul rate"]
-    table = pd.DataFrame(lines, columns=columns).set_index("trainer")
+    rate, times = pd.DataFrame(rates).median(), pd.DataFrame(spent).rename_axis(columns="trainer")
+    step = times.median()
+    table = pd.DataFrame({"pairs per second": batch_size / step, "ms per update": 1e3 * step})
+    table["ours is faster by"] = times.div(times[OURS], axis=0).median()
+    table["GFLOP/s"] = flops / step / 1e9
+    table["share of matmul rate"] = flops / step / rate[list(precisions.values())].to_numpy()
     limits = {f"matmul GFLOP/s, {precision}": measured / 1e9 for precision, measured in rate.items()}
     table.attrs = {"GFLOP per update": flops / 1e9, **limits, "copy GB/s": bandwidth(device) / 1e9}
     return table
-
-
-@contextlib.contextmanager
-def _silence():
-    """Trainers print, log and draw bars; a table is all that is wanted here."""
-    logging.disable(logging.INFO)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def bars(table: pd.DataFrame) -> Figure:
@@ -256,6 +230,7 @@ def main() -> None:
     if find_spec("multivae") is None:
         print("MultiVae is not installed and left out; `pip install multivae` brings it.", file=sys.stderr)
         del contestants["MultiVae's trainer"]
+    logging.disable(logging.INFO)  # MultiVae's trainer says much
     try:
         place = setting(**vars(options))
         device = resolve_device(options.device)
@@ -264,10 +239,8 @@ def main() -> None:
         sys.exit(f"\n{error}")
     limits = ", ".join(f"{name} {value:.1f}" for name, value in table.attrs.items())
     updates = f"{STEPS} updates" + (f", {STEPS * LONGER[device.type]:,} of ours" if device.type in LONGER else "")
-    caption = (
-        f"Training DMVAE on {where(device)} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of {updates})."
-        f" {limits}."
-    )
+    caption = f"Training DMVAE on {where(device)} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of "
+    caption += f"{updates}). {limits}."
     results = Results(place, "benchmarks/bench.py")
     results.frame("benchmark", table.round(3), caption)
     results.figure("benchmark_bars", bars(table), caption)

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from bench import LONGER, command_line, seconds_per_update, where
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAE, DMVAEError, Modality, PairedData, Schedule, train
@@ -27,16 +27,9 @@ from dmvae_lib.paper.runs import setting
 from dmvae_lib.paper.tables import Results
 from dmvae_lib.training import resolve_device
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 ITEMS = 8_000  # per modality; random pixels, since what they show does not matter here
-AXES = {  # {against: values}
-    "pairs": tuple(ITEMS * pairings for pairings in (1, 6, 35, 210)),  # the paper has 1.68 million
-    "batch size": (25, 50, 100, 200),
-    "particles": (1, 3, 10, 30),
-    "modalities": (1, 2, 3, 5),
-}
+AXES = {"pairs": tuple(ITEMS * n for n in (1, 6, 35, 210)), "batch size": (25, 50, 100, 200)}  # {against: values}
+AXES |= {"particles": (1, 3, 10, 30), "modalities": (1, 2, 3, 5)}  # the paper has 1.68 million pairs
 WORK = {  # {against: (how the work of an update grows, in words)}
     "pairs": (lambda x: 1, "flat"),
     "batch size": (lambda x: x, "∝ B"),
@@ -48,11 +41,10 @@ ROUNDS, STRETCH = 3, 0.5  # how often, and for about how many seconds, updates a
 
 def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, PairedData, Schedule]:
     """What to train for one point: the profile's DMVAE (MMVAE for the particles), with one size set to `value`."""
-    shapes, row = SHAPES, TABLE1["MMVAE" if against == "particles" else "DMVAE"]
-    sizes = {"batch size": "batch_size", "particles": "particles"}
-    profile = replace(profile, **{sizes[against]: value}) if against in sizes else profile
-    if against == "modalities":
-        shapes = {f"svhn{i}": SHAPES["svhn"] for i in range(value)}
+    row = TABLE1["MMVAE" if against == "particles" else "DMVAE"]
+    if against in ("batch size", "particles"):
+        profile = replace(profile, **{against.replace(" ", "_"): value})
+    shapes = {f"svhn{i}": SHAPES["svhn"] for i in range(value)} if against == "modalities" else SHAPES
     torch.manual_seed(0)
     items = {name: torch.randint(256, (ITEMS, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
     labels = dict.fromkeys(shapes, torch.arange(ITEMS) % 10)
@@ -66,10 +58,7 @@ def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, Pai
 
 
 def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
-    """One point, to be measured in a process of its own: ms per update, and MB at the peak above the start's.
-
-    The time is the median of ROUNDS measurements.
-    """
+    """To be measured in a process of its own: ms per update, the median of ROUNDS, and MB at the peak above the start."""
     torch.optim.Adam([torch.zeros(1)])  # loads a hundred MB of torch's modules, which no size changes
     start = _peak(device)
     model, data, plan = case(against, value, profile)

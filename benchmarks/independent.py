@@ -21,8 +21,9 @@ from dmvae_lib import DMVAE, MMVAE, DMVAEError, PairedData, Schedule
 from dmvae_lib.paper import published
 from dmvae_lib.paper.rows.digits import TABLE1
 from dmvae_lib.paper.rows.row import Row
-from dmvae_lib.paper.runs import Run, Setting, setting, train_all
+from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results, table
+from dmvae_lib.paper.workers import train_all
 from dmvae_lib.training import batches, resolve_device
 
 OURS = {name: TABLE1[name] for name in ("DMVAE", "MMVAE")}
@@ -92,25 +93,19 @@ def multivae_trainer(model: DMVAE | MMVAE, pairs: Dataset, batch_size: int, devi
     def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
-    first = pairs[0].data
     networks = {n: Encoder(n) for n in model.names}, {n: Decoder(n) for n in model.names}
-    common = {
-        "n_modalities": len(model.names),
-        "latent_dim": model.shared_dim,
-        "input_dims": {name: tuple(first[name].shape) for name in model.names},
-        "uses_likelihood_rescaling": True,
-        "rescale_factors": model.weights,
-    }
+    common = {"n_modalities": len(model.names), "latent_dim": model.shared_dim, "rescale_factors": model.weights}
+    common |= {"input_dims": {name: tuple(pairs[0].data[name].shape) for name in model.names}}
+    common |= {"uses_likelihood_rescaling": True}
     if isinstance(model, MMVAE):
-        laplace = {"decoders_dist": dict.fromkeys(model.names, "laplace")}
-        scale = {"decoder_dist_params": {name: {"scale": 0.75} for name in model.names}}
-        made = TheirMMVAE(MMVAEConfig(K=model.particles, **common, **laplace, **scale), *networks)
+        common |= {"decoders_dist": dict.fromkeys(model.names, "laplace")}
+        common |= {"decoder_dist_params": {name: {"scale": 0.75} for name in model.names}}
+        made = TheirMMVAE(MMVAEConfig(K=model.particles, **common), *networks)
         made.prior_log_var = model.prior_logits
     else:
         # It counts KL(q(z_s | source) || p) once per source, Eq. 3 once per source and target.
-        made = TheirDMVAE(
-            DMVAEConfig(modalities_specific_dim=model.private_dims, beta=len(model.names), **common), *networks
-        )
+        common |= {"modalities_specific_dim": model.private_dims, "beta": len(model.names)}
+        made = TheirDMVAE(DMVAEConfig(**common), *networks)
         made.recon_log_probs = dict.fromkeys(model.names, bernoulli)  # its own refuses grey levels
     settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
     plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,9 +37,7 @@ def distinct_codes(model: MultimodalVAE, name: str, n: int = 5, candidates: int 
 @torch.no_grad()
 def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor) -> dict[str, dict[str, Tensor]]:
     """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the observations `rows`; "shared" also has "joint".
-
-    Where an item is missing, its codes are zero, the prior's mean.
-    """
+    Where an item is missing, its codes are zero, the prior's mean."""
     device = next(model.parameters()).device
     data = data.to(device)
     parts: dict[str, dict[str, list[Tensor]]] = {"private": {}, "shared": {}}
@@ -51,25 +51,18 @@ def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor) -> dic
 
 def neighbour_agreement(codes: dict[str, Tensor], labels: Tensor) -> float:
     """How often a point's nearest neighbour (Euclidean) from another modality has its class: the mean over all points.
-
     codes: {name: (N, s)} in one space, labels (N,). This is what the eye should see in Fig. 5, as a number in [0, 1].
-    The paired item itself does not count: it is excluded.
-    """
+    The paired item itself does not count: it is excluded."""
     hits = []
-    for a in codes:
-        for b in codes:
-            if a != b:
-                distance = torch.cdist(codes[a], codes[b])
-                distance.fill_diagonal_(torch.inf)
-                hits.append(labels[distance.argmin(1)] == labels)
+    for a, b in permutations(codes, 2):
+        distance = torch.cdist(codes[a], codes[b]).fill_diagonal_(torch.inf)
+        hits.append(labels[distance.argmin(1)] == labels)
     return torch.cat(hits).double().mean().item()
 
 
 def mixing(codes: dict[str, Tensor]) -> float:
     """How often a point's nearest neighbour (Euclidean) is of another modality; 0 where modalities lie apart.
-
-    codes: {name: (N, s)} in one space. Two modalities that are spread alike have about 0.5.
-    """
+    codes: {name: (N, s)} in one space. Two modalities that are spread alike have about 0.5."""
     together = torch.cat(list(codes.values()))
     modality = torch.arange(len(codes)).repeat_interleave(len(together) // len(codes))
     distance = torch.cdist(together, together).fill_diagonal_(torch.inf)
@@ -78,9 +71,8 @@ def mixing(codes: dict[str, Tensor]) -> float:
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Test accuracy of a logistic regression from standardised codes (N, d) to the class (N,).
-
-    With d = 0 there is nothing to see and the answer is always the class most common in training: its share in the test.
-    """
+    With d = 0 there is nothing to see and the answer is always the class most common in training: its share in the
+    test."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

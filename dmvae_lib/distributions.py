@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dmvae_lib.errors import DMVAEError
 
@@ -20,19 +20,15 @@ from dmvae_lib.errors import DMVAEError
 @dataclass(frozen=True)
 class DiagonalGaussian:
     """N(mean, diag(exp(logvar))) over the last axis; `mean` and `logvar` are (..., d), d may be 0.
-
-    Raises DMVAEError if the two shapes differ.
-    """
+    Raises DMVAEError if the two shapes differ."""
 
     mean: Tensor
     logvar: Tensor
 
     def __post_init__(self):
         if self.mean.shape != self.logvar.shape:
-            raise DMVAEError(
-                f"DiagonalGaussian: mean has shape {tuple(self.mean.shape)} and logvar {tuple(self.logvar.shape)}; "
-                "give both the same shape (..., d)."
-            )
+            shapes = f"mean has shape {tuple(self.mean.shape)} and logvar {tuple(self.logvar.shape)}"
+            raise DMVAEError(f"DiagonalGaussian: {shapes}; give both the same shape (..., d).")
 
     @classmethod
     def standard(cls, *shape: int, like: Tensor | None = None) -> DiagonalGaussian:
@@ -40,7 +36,7 @@ class DiagonalGaussian:
         zeros = torch.zeros(shape) if like is None else like.new_zeros(shape)
         return cls(zeros, zeros)
 
-    def rsample(self, generator: torch.Generator | None = None, n: int | None = None) -> Tensor:
+    def rsample(self, generator: Generator | None = None, n: int | None = None) -> Tensor:
         """Reparameterised sample, (..., d), or (n, ..., d) if `n` is given."""
         shape = self.mean.shape if n is None else (n, *self.mean.shape)
         noise = torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
@@ -67,7 +63,7 @@ class Laplace:
     mean: Tensor
     scale: Tensor
 
-    def rsample(self, generator: torch.Generator | None = None, n: int | None = None) -> Tensor:
+    def rsample(self, generator: Generator | None = None, n: int | None = None) -> Tensor:
         """Reparameterised sample, (..., d), or (n, ..., d) if `n` is given."""
         shape = self.mean.shape if n is None else (n, *self.mean.shape)
         uniform = torch.rand(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device) - 0.5
@@ -82,9 +78,7 @@ class Laplace:
 @dataclass(frozen=True)
 class Mixture:
     """The equal-weight mixture of distributions of the same shape (MMVAE's joint posterior).
-
-    observed: for each component (...) bool, where it takes part (at least one everywhere); None: all do.
-    """
+    observed: for each component (...) bool, where it takes part (at least one everywhere); None: all do."""
 
     components: Sequence[Laplace]
     observed: Sequence[Tensor] | None = None
@@ -95,7 +89,7 @@ class Mixture:
         share = self._taking_part(means.shape[:-1])
         return (means * share[..., None]).sum(0) / share.sum(0)[..., None]
 
-    def rsample(self, generator: torch.Generator | None = None, n: int | None = None) -> Tensor:
+    def rsample(self, generator: Generator | None = None, n: int | None = None) -> Tensor:
         """A sample of one component per element, (..., d), or (n, ..., d) if `n` is given."""
         samples = torch.stack([component.rsample(generator, n) for component in self.components])
         shape = samples.shape[1:-1]

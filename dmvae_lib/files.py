@@ -22,14 +22,11 @@ FOLDER_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EFBIG: "the file system takes no file that large; choose another folder",
-    errno.EACCES: "the folder is not writable; change its permissions or choose another folder",
-    errno.EPERM: "the folder is not writable; change its permissions or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
-    errno.EEXIST: "a part of the path is a file, not a folder; choose another path",
     errno.EISDIR: "the path is a folder; give a file name inside it",
-    errno.ENOLCK: "the file system has no locks; choose another folder, or have locks enabled",
-    errno.EOPNOTSUPP: "the file system has no locks; choose another folder, or have locks enabled",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "the folder is not writable; make it so, or choose another folder"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of the path is a file, not a folder; choose another path"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "the file system has no locks; enable them, or take another"),
 }
 
 
@@ -105,12 +102,17 @@ def locked(folder: str | os.PathLike, work: str) -> Iterator[None]:
         lock.release()
 
 
-def _digest(path: str | os.PathLike, algorithm: str) -> str:
+@contextmanager
+def _reading(path: str | os.PathLike, repair: str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
+        yield
     except OSError as error:
-        raise DMVAEError(f"cannot read {path}: {error.strerror}; check the path, or fetch the file again.") from error
+        raise DMVAEError(f"cannot read {path}: {error.strerror}. {repair}") from error
+
+
+def _digest(path: str | os.PathLike, algorithm: str) -> str:
+    with _reading(path, "Check the path, or fetch the file again."), open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -125,25 +127,20 @@ def md5(path: str | os.PathLike) -> str:
 
 def verify(path: str | os.PathLike, digest: str, repair: str = "Delete it and fetch it again.") -> None:
     """Checks a file against its SHA-256 (64 digits) or MD5 (32 digits). repair: what the error says to do.
-
-    Raises DMVAEError for a file that is missing or has another digest.
-    """
+    Raises DMVAEError for a file that is missing or has another digest."""
     if len(digest) not in (32, 64):
         raise DMVAEError(f"verify: digest {digest!r} is neither an MD5 (32 digits) nor a SHA-256 (64 digits).")
     name, found = ("MD5", md5(path)) if len(digest) == 32 else ("SHA-256", sha256(path))
     if found != digest.lower():
-        raise DMVAEError(
-            f"{path} ({os.path.getsize(path):,} bytes) has {name} {found}, expected {digest}: it is truncated, damaged "
-            f"or another version. {repair}"
-        )
+        held = f"{path} ({os.path.getsize(path):,} bytes) has {name} {found}, expected {digest}"
+        raise DMVAEError(f"{held}: it is truncated, damaged or another version. {repair}")
 
 
 def verify_listed(root: str | os.PathLike, patterns: Sequence[str]) -> None:
-    """Checks the files below `root` that match against root/MANIFEST.sha256 (as `sha256sum` writes it), if there is one.
-
+    """Checks the files below `root` that match against root/MANIFEST.sha256 (as `sha256sum` writes it), if there is
+    one.
     For files without published checksums; one that is not listed is not checked. patterns: as Path.glob takes them.
-    Raises DMVAEError that names the first file that has changed, and for a list that is none.
-    """
+    Raises DMVAEError that names the first file that has changed, and for a list that is none."""
     root, listed = Path(root), Path(root, "MANIFEST.sha256")
     if not listed.is_file():
         return
@@ -165,10 +162,8 @@ def write_sealed(path: str | os.PathLike, content: bytes) -> None:
 
 def read_sealed(path: str | os.PathLike, repair: str) -> bytes:
     """What `write_sealed` wrote. Raises DMVAEError, which ends with `repair`, unless every byte is the one written."""
-    try:
+    with _reading(path, repair):
         raw = Path(path).read_bytes()
-    except OSError as error:
-        raise DMVAEError(f"cannot read {path}: {error.strerror}. {repair}") from error
     content, digest = raw[:-32], raw[-32:]
     if hashlib.sha256(content).digest() != digest:
         raise DMVAEError(f"{path} ({len(raw):,} bytes) is truncated or damaged: its checksum does not fit. {repair}")
@@ -191,8 +186,9 @@ def check_seal(entry: object, where: str, repair: str) -> dict:
 def read_json(path: str | os.PathLike, repair: str) -> dict:
     """The object in a JSON file. Raises DMVAEError, which ends with `repair`, for anything else."""
     try:
-        found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        with _reading(path, repair):
+            found = json.loads(Path(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DMVAEError(f"{path} cannot be read as JSON ({error}): it is truncated or damaged. {repair}") from error
     if not isinstance(found, dict):
         raise DMVAEError(f"{path} holds a JSON {type(found).__name__}; expected an object. {repair}")

@@ -21,9 +21,7 @@ def _same_length(**tensors: Tensor) -> None:
 
 def cross_coherence(predicted: Tensor, labels: Tensor) -> float:
     """The share of cross-generated items whose predicted class is that of the item they came from (Table 1).
-
-    predicted: (..., B) classes that a classifier sees in the generated items; labels: (B,). Protocol: MMVAE's.
-    """
+    predicted: (..., B) classes that a classifier sees in the generated items; labels: (B,). Protocol: MMVAE's."""
     _same_length(predicted=predicted.movedim(-1, 0), labels=labels)
     return (predicted == labels).double().mean().item()
 
@@ -36,9 +34,7 @@ def chance(labels: Tensor) -> tuple[float, float]:
 
 def joint_coherence(*predicted: Tensor) -> float:
     """The share of jointly generated items on which the classifiers of all modalities agree (Table 1, "Joint").
-
-    predicted: for each modality (B,) classes of the items made from the same shared codes.
-    """
+    predicted: for each modality (B,) classes of the items made from the same shared codes."""
     if len(predicted) < 2:
         raise DMVAEError(f"joint coherence compares at least two modalities; found {len(predicted)}.")
     _same_length(**{f"predicted[{i}]": p for i, p in enumerate(predicted)})
@@ -71,9 +67,8 @@ def coherence(
     data, labels, generator = data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
     result = {}
     for source in model.names:
-        rows = torch.arange(len(data), device=device)
-        if data.observed is not None:
-            rows = rows[data.observed[source]]
+        everything = torch.ones(len(data), dtype=torch.bool, device=device)
+        rows = (everything if data.observed is None else data.observed[source]).nonzero().flatten()
         for target in model.names:
             if source != target:
                 predicted = [
@@ -97,9 +92,8 @@ def class_similarity(image: Tensor, text: Tensor, text_labels: Tensor) -> tuple[
     """(classes (C,), cosine (M, C) of each image with each class-averaged text feature); image (M, d), text (T, d)."""
     _same_length(text=text, text_labels=text_labels)
     if image.dim() != 2 or text.dim() != 2 or image.shape[1] != text.shape[1]:
-        raise DMVAEError(
-            f"image features {tuple(image.shape)}, text features {tuple(text.shape)}; expected (M, d) and (T, d)."
-        )
+        found = f"image features {tuple(image.shape)}, text features {tuple(text.shape)}"
+        raise DMVAEError(f"{found}; expected (M, d) and (T, d).")
     for name, features in (("image", image), ("text", text)):
         if not features.isfinite().all():
             raise DMVAEError(f"{name} features hold values that are not finite; look at the model that made them.")
@@ -115,9 +109,7 @@ def recognised(similarity: Tensor, image_labels: Tensor, classes: Tensor) -> Ten
 
 def precision_at_k(similarity: Tensor, image_labels: Tensor, classes: Tensor, k: int = 50) -> Tensor:
     """(C,) the share of the k images most similar to a class, (M, C), that belong to it; a tie goes to the first image.
-
-    Raises DMVAEError if there are fewer than k images.
-    """
+    Raises DMVAEError if there are fewer than k images."""
     _same_length(similarity=similarity, image_labels=image_labels)
     if not 1 <= k <= len(similarity):
         raise DMVAEError(f"AP@k with k={k} needs at least k images; found {len(similarity)}.")
@@ -127,10 +119,8 @@ def precision_at_k(similarity: Tensor, image_labels: Tensor, classes: Tensor, k:
 
 def rank1(image: Tensor, image_labels: Tensor, text: Tensor, text_labels: Tensor) -> float:
     """Image-to-text recognition (Table 2, Rank-1; Reed et al.'s protocol).
-
-    The share of images (M, d) whose nearest class-averaged text feature, by cosine, has the image's class;
-    text (T, d). A tie goes to the smaller class id.
-    """
+    The share of images (M, d) whose nearest class-averaged text feature, by cosine, has the image's class; text (T, d).
+    A tie goes to the smaller class id."""
     classes, similarity = class_similarity(image, text, text_labels)
     return recognised(similarity, image_labels, classes).double().mean().item()
 
@@ -139,10 +129,8 @@ def average_precision_at_k(
     text: Tensor, text_labels: Tensor, image: Tensor, image_labels: Tensor, k: int = 50
 ) -> float:
     """Text-to-image retrieval (Table 2, AP@50; Reed et al.'s protocol): precision at k, averaged over classes.
-
-    For each class-averaged text feature the share of its k nearest images, by cosine, that belong to the class.
-    Raises DMVAEError if there are fewer than k images.
-    """
+    For each class-averaged text feature the share of its k nearest images, by cosine, that belong to the class. Raises
+    DMVAEError if there are fewer than k images."""
     classes, similarity = class_similarity(image, text, text_labels)
     return precision_at_k(similarity, image_labels, classes, k).mean().item()
 
@@ -157,9 +145,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises DMVAEError for features of different width, fewer than two of them, or values that are not finite.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise DMVAEError(
-            f"features {tuple(a.shape)} and {tuple(b.shape)}; expected (M, d) and (N, d), two or more of each."
-        )
+        found = f"features {tuple(a.shape)} and {tuple(b.shape)}"
+        raise DMVAEError(f"{found}; expected (M, d) and (N, d), two or more of each.")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise DMVAEError("the features hold values that are not finite; look at the network that made them.")
     roots, trace = [], 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Integral
 from typing import TypeAlias
@@ -53,29 +53,26 @@ def pair_many(
             raise DMVAEError(f"pairing: {name}={value!r}; expected a whole number, at least {least}.")
     if not labels:
         raise DMVAEError("pair_many: no labels; give a mapping from each data set's name to its labels.")
-    tensors = {name: _as_labels(name, values) for name, values in labels.items()}
-    counts = {name: _counts(values) for name, values in tensors.items()}
-    for label in sorted(set().union(*counts.values())):
-        found = {name: counts[name].get(label, 0) for name in tensors}
-        if 0 in found.values():
-            listed = ", ".join(f"{count} in {name!r}" for name, count in found.items())
-            raise DMVAEError(
-                f"pairing: class {label} has {listed} items; every class must be in every data set. "
-                "Drop the class, or add items of it where it is missing."
-            )
+    of_class: dict[str, dict[int, Tensor]] = {}  # the indices of each class
+    for name, values in ((name, _as_labels(name, values)) for name, values in labels.items()):
+        classes, sizes = values.unique(return_counts=True)
+        of_class[name] = dict(zip(classes.tolist(), values.argsort(stable=True).split(sizes.tolist())))
 
     generator = torch.Generator().manual_seed(seed)
-    by_class = {
-        name: dict(zip(counts[name], values.argsort(stable=True).split(list(counts[name].values())), strict=True))
-        for name, values in tensors.items()
-    }
-    index: dict[str, list[Tensor]] = {name: [] for name in tensors}
-    for label in counts[next(iter(tensors))]:
-        n = min(max_per_class, *(counts[name][label] for name in tensors))
-        for name in tensors:
+    index: dict[str, list[Tensor]] = {name: [] for name in labels}
+    for label in sorted(set().union(*of_class.values())):
+        counts = {name: len(found.get(label, ())) for name, found in of_class.items()}
+        if 0 in counts.values():
+            listed = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
+            repair = "drop the class, or add items of it where it is missing"
+            raise DMVAEError(
+                f"pairing: class {label} has {listed} items; every class must be in every data set: {repair}."
+            )
+        n = min(max_per_class, *counts.values())
+        for name, found in of_class.items():
             # Sorting random numbers makes all permutations at once; float64 has no ties to speak of.
             order = torch.rand(permutations, n, generator=generator, dtype=torch.float64).argsort(-1)
-            index[name].append(by_class[name][label][order].flatten())
+            index[name].append(found[label][order].flatten())
     return {name: torch.cat(parts) for name, parts in index.items()}
 
 
@@ -102,29 +99,15 @@ class PairedData:
     def __post_init__(self):
         _check_kinds(self.items)
         for part, values in (("labels", self.item_labels), ("index", self.index)):
-            if values is None:
-                continue
-            if set(values) != set(self.items):
-                raise DMVAEError(
-                    f"PairedData: items are of {sorted(self.items)}, {part} of {sorted(values)}; both must name the "
-                    "same modalities."
-                )
-            for name, tensor in values.items():
-                if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
-                    raise DMVAEError(
-                        f"PairedData: the {part} of {name!r}: {_described(tensor)}; expected a tensor, 1-D and "
-                        "torch.int64."
-                    )
-                n = len(self.items[name])
+            if values is not None and set(values) != set(self.items):
+                named = f"items of {sorted(self.items)}, {part} of {sorted(values)}"
+                raise DMVAEError(f"PairedData: {named}; both must name the same modalities.")
+            for name, tensor in (values or {}).items():
+                what, n = f"PairedData: the {part} of {name!r}", len(self.items[name])
+                _check_integers(what, tensor, n if part == "index" else None)
                 if part == "labels" and len(tensor) != n:
                     raise DMVAEError(
-                        f"PairedData: labels and items of different length: {name!r} has {len(tensor)} labels and "
-                        f"{n} items; give one label per item."
-                    )
-                if part == "index" and len(tensor) and not 0 <= int(tensor.min()) <= int(tensor.max()) < n:
-                    raise DMVAEError(
-                        f"PairedData: the index of {name!r} runs from {int(tensor.min())} to {int(tensor.max())}; "
-                        f"expected 0 to {n - 1}, the items there are."
+                        f"{what}: labels and items of different length, {len(tensor)} and {n}; give one per item."
                     )
         lengths = {name: len(index) for name, index in self.index.items()}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -132,9 +115,9 @@ class PairedData:
         for name in self.names[1:] if self.item_labels is not None else ():
             wrong = (self.item_labels[name][self.index[name]] != self.labels).nonzero().flatten()
             if len(wrong):
+                where = f"in {len(wrong)} of {len(self)} pairs, first in pair {int(wrong[0])}"
                 raise DMVAEError(
-                    f"PairedData: {self.names[0]!r} and {name!r} disagree on the class in {len(wrong)} of {len(self)} "
-                    f"pairs, first in pair {int(wrong[0])}; pair items of one class, as PairedData.pair does."
+                    f"PairedData: {self.names[0]!r} and {name!r} disagree on the class {where}; pair by class."
                 )
         # Every modality gets its mask, or none has one: what is missing is written in one way.
         object.__setattr__(self, "observed", _masks(self.observed, self.index))
@@ -164,25 +147,20 @@ class PairedData:
         cls, items: Mapping[str, Items], labels: Labels | None = None, observed: Mapping[str, Tensor] | None = None
     ) -> PairedData:
         """Observations whose items stand in the same row of every modality; errors as PairedData's.
-
         items: {name: (P, ...)}; labels: (P,) integers, the class of each observation: coherence needs them, training
-        does not; observed: {name: (P,) bool}, False where the item is missing, for the modalities that have gaps.
-        """
+        does not; observed: {name: (P,) bool}, False where the item is missing, for the modalities that have gaps."""
         _check_kinds(items)
         lengths = {name: len(values) for name, values in items.items()}
         if len(set(lengths.values())) > 1:
             raise DMVAEError(
-                f"PairedData.aligned: {lengths} rows; row i of every modality must be one observation. Fill rows that "
-                "are missing and say so with `observed`; for unpaired items of known classes see PairedData.pair."
+                f"PairedData.aligned: {lengths} rows; row i of every modality must be one observation. Fill missing "
+                "rows and name them in `observed`; for unpaired items of known classes see PairedData.pair."
             )
         rows = torch.arange(next(iter(lengths.values())), device=_device(items))
-        classes = None if labels is None else _as_labels("the observations", labels).to(rows.device)
-        return cls(
-            dict(items),
-            dict.fromkeys(items, rows),
-            None if classes is None else dict.fromkeys(items, classes),
-            observed,
-        )
+        item_labels = None
+        if labels is not None:
+            item_labels = dict.fromkeys(items, _as_labels("the observations", labels).to(rows.device))
+        return cls(dict(items), dict.fromkeys(items, rows), item_labels, observed)
 
     def __len__(self) -> int:
         return len(self.index[self.names[0]])
@@ -203,17 +181,9 @@ class PairedData:
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """The observations `rows`, (B,) LongTensor: {name: (B, ...) float32}; uint8 images scaled to [0, 1].
-
         A missing item is all zeros. Raises DMVAEError for rows of another dtype and, on the CPU, out of range; on an
-        accelerator looking at them would make every training step wait.
-        """
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise DMVAEError(f"batch: rows: {_described(rows)}; expected 1-D and torch.int64.")
-        if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise DMVAEError(
-                f"batch: rows from {int(rows.min())} to {int(rows.max())}; expected 0 to {len(self) - 1}, the "
-                "observations there are."
-            )
+        accelerator looking at them would make every training step wait."""
+        _check_integers("batch: rows", rows, len(self) if rows.device.type == "cpu" else None)
         batch = {name: _take(items, self.index[name][rows]).to(self.device) for name, items in self.items.items()}
         batch = {name: x.float() / 255 if x.dtype == torch.uint8 else x.float() for name, x in batch.items()}
         for name, there in (self.masks(rows) or {}).items():
@@ -226,7 +196,7 @@ class PairedData:
 
     def to(self, device: str | torch.device) -> PairedData:
         """The same data on `device`, images still uint8; arrays stay where they are, and `batch` moves its rows."""
-        return self._with(lambda x: x.to(device) if isinstance(x, Tensor) else x, *_FIELDS)
+        return self._with(lambda x: x.to(device) if isinstance(x, Tensor) else x)
 
     def split(
         self, shares: Sequence[float], seed: int = 0, groups: Labels | Sequence[str] | None = None
@@ -256,10 +226,12 @@ class PairedData:
             owner[rows] = units
             shared = rows[owner[rows] != units]
             if len(shared):
+                where = (
+                    f"item {int(shared[0])} of {name!r} is in several {'observations' if groups is None else 'groups'}"
+                )
                 raise DMVAEError(
-                    f"split: item {int(shared[0])} of {name!r} is in several "
-                    f"{'observations' if groups is None else 'groups'} and could come into several parts. Divide the "
-                    "items of each modality first and pair each part, or give groups that keep its observations together."
+                    f"split: {where} and could come into several parts. Divide the items of each modality first and "
+                    "pair each part, or give groups that keep them together."
                 )
         sizes = unit.bincount()
         order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
@@ -269,19 +241,17 @@ class PairedData:
         part = part[unit]
         found = part.bincount(minlength=len(shares)).tolist()
         if 0 in found:
+            whole = f"shares {shares} of {len(self)} observations in {len(sizes)} groups"
             raise DMVAEError(
-                f"split: shares {shares} of {len(self)} observations in {len(sizes)} groups make parts of {found}; "
-                "every part needs at least one. Give larger shares, or fewer parts."
+                f"split: {whole} make parts of {found}; give larger shares, or fewer, for one in every part."
             )
         chosen = [(part == number).nonzero().flatten().to(self.device) for number in range(len(shares))]
-        return [self._with(lambda x, rows=rows: x[rows], "index", "observed") for rows in chosen]
+        return [self._with(lambda x, rows=rows: x[rows], "items", "item_labels") for rows in chosen]
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 of all names, shapes, dtypes, values and masks.
-
-        Neither the device matters nor whether items are a tensor, an array or a memory map.
-        """
+        Neither the device matters nor whether items are a tensor, an array or a memory map."""
         digest = hashlib.sha256()
         parts = {"items": self.items, "labels": self.item_labels, "index": self.index, "observed": self.observed}
         for part, values in parts.items():
@@ -291,23 +261,22 @@ class PairedData:
                     digest.update(block.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def _with(self, change: Callable, *fields: str) -> PairedData:
-        """`change` made to all values of the fields; not checked again, which would read a memory map from end to end."""
+    def _with(self, change: Callable, *kept: str) -> PairedData:
+        """`change` made to all fields but those kept; not checked again, which would read all of a memory map."""
         data = object.__new__(PairedData)
-        for field in _FIELDS:
-            values = getattr(self, field)
-            if values is not None and field in fields:
+        for part in fields(self):
+            values = getattr(self, part.name)
+            if values is not None and part.name not in kept:
                 values = {name: change(x) for name, x in values.items()}
-            object.__setattr__(data, field, values)
-        object.__setattr__(data, "observed", _masks(data.observed, data.index))
+            vars(data)[part.name] = values
+        vars(data)["observed"] = _masks(data.observed, data.index)
         return data
 
 
-_FIELDS = ("items", "index", "item_labels", "observed")
-
-
 def _described(value) -> str:
-    return f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))} of {getattr(value, 'dtype', 'no dtype')}"
+    if not isinstance(value, Tensor | np.ndarray):
+        return type(value).__name__
+    return f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
 
 
 def _device(items: Mapping[str, Items]) -> torch.device:
@@ -320,19 +289,19 @@ def _as_labels(name: str, labels: Labels) -> Tensor:
         values = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
     except (TypeError, ValueError) as error:
         raise DMVAEError(f"the labels of {name!r} are no array of integers ({error}); give one per item.") from error
-    if values.dim() != 1:
-        raise DMVAEError(f"the labels of {name!r} have shape {tuple(values.shape)}; expected (N,), one per item.")
-    if len(values) == 0:
-        raise DMVAEError(f"the labels of {name!r} are empty; give one per item.")
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise DMVAEError(f"the labels of {name!r} have dtype {values.dtype}; expected integers, one per item.")
+    kind = values.dtype
+    if values.dim() != 1 or not len(values) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        found = f"{kind} of shape {tuple(values.shape)}"
+        raise DMVAEError(f"the labels of {name!r}: {found}; expected integers (N,), one per item.")
     return values.cpu().long()
 
 
-def _counts(labels: Tensor) -> dict[int, int]:
-    """{class: how many}, in ascending order of the classes."""
-    classes, counts = labels.unique(return_counts=True)
-    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
+def _check_integers(what: str, values: Tensor, n: int | None) -> None:
+    """DMVAEError for what is no tensor (N,) of int64, or, unless n is None, has values outside 0 to n - 1."""
+    if not isinstance(values, Tensor) or values.dtype != torch.int64 or values.dim() != 1:
+        raise DMVAEError(f"{what}: {_described(values)}; expected a tensor, 1-D and torch.int64.")
+    if n is not None and len(values) and not 0 <= int(values.min()) <= int(values.max()) < n:
+        raise DMVAEError(f"{what}: from {int(values.min())} to {int(values.max())}; expected 0 to {n - 1}.")
 
 
 def _masks(observed: Mapping[str, Tensor] | None, index: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -345,34 +314,25 @@ def _masks(observed: Mapping[str, Tensor] | None, index: Mapping[str, Tensor]) -
     for name, mask in observed.items():
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != masks[name].shape:
-            raise DMVAEError(
-                f"PairedData: observed of {name!r}: {_described(mask)}; expected ({len(masks[name])},) of bool, True "
-                "where the item is there."
-            )
+            expected = f"expected ({len(masks[name])},) of bool, True where the item is there"
+            raise DMVAEError(f"PairedData: observed of {name!r}: {_described(mask)}; {expected}.")
         masks[name] = mask.to(masks[name].device)
     empty = (~torch.stack(list(masks.values())).any(0)).nonzero().flatten()
     if len(empty):
-        raise DMVAEError(
-            f"PairedData: {len(empty)} observations have no item in any modality, first observation {int(empty[0])}; "
-            "leave them out."
-        )
+        first = int(empty[0])
+        raise DMVAEError(f"PairedData: {len(empty)} observations have no item, first observation {first}; drop them.")
     return None if all(mask.all() for mask in masks.values()) else masks
 
 
 def _check_kinds(items: Mapping[str, Items]) -> None:
     """DMVAEError for what is no {name: numbers (N, ...)} that an encoder takes, with what to pass instead."""
+    expected = "expected {name: tensor or array (N, ...)}, at least one modality."
     if not isinstance(items, Mapping) or not items:
-        found = f"PairedData: items are a {type(items).__name__}"
-        raise DMVAEError(
-            f"{found}; expected {{name: tensor or array (N, ...)}}, at least one modality.{_advice(items)}"
-        )
+        raise DMVAEError(f"PairedData: items are a {type(items).__name__}; {expected}{_advice(items)}")
     for name, values in items.items():
         found = f"PairedData: items of {name!r}: {_described(values)}"
         if not isinstance(values, Tensor | np.ndarray):
-            raise DMVAEError(
-                f"PairedData: items of {name!r}: {type(values).__name__}; expected a tensor or an array (N, ...)."
-                + _advice(values)
-            )
+            raise DMVAEError(f"{found}; expected a tensor or an array (N, ...).{_advice(values)}")
         try:
             dtype = _take(values, slice(0, 0)).dtype
         except (IndexError, TypeError) as error:
@@ -380,9 +340,8 @@ def _check_kinds(items: Mapping[str, Items]) -> None:
         if values.ndim != 4 if dtype == torch.uint8 else not dtype.is_floating_point:
             raise DMVAEError(
                 f"{found}; expected floating point, or uint8 images (N, C, H, W), which are divided by 255. Pass "
-                "x[:, None] for grey images (N, H, W), x / 65535 for images of 16 bits, "
-                "torch.nn.functional.one_hot(x).float() for classes, for all else x.float(), or x.astype('float32') of "
-                "an array."
+                "x[:, None] for grey images (N, H, W), x / 65535 for images of 16 bits, one_hot(x).float() "
+                "(torch.nn.functional) for classes, for all else x.float(), or x.astype('float32') of an array."
             )
 
 
@@ -407,20 +366,16 @@ def _check_finite(name: str, items: Items, needed: Tensor) -> None:
                 first = first if count else start + int(wrong.nonzero()[0])
                 count += int(wrong.sum())
     if count:
-        raise DMVAEError(
-            f"PairedData: {count} values of {name!r} are not finite, first in item {first}; repair or remove those "
-            "items, or say with `observed` that they are missing."
-        )
+        repair = "repair or remove those items, or say with `observed` that they are missing"
+        raise DMVAEError(f"PairedData: {count} values of {name!r} are not finite, first in item {first}; {repair}.")
 
 
 def _take(items: Items, rows: Tensor | slice) -> Tensor:
     """The rows as a tensor; of an array a copy in memory, in this machine's byte order."""
     if isinstance(items, Tensor):
         return items[rows]
-    native = items.dtype.newbyteorder("=")
-    if isinstance(rows, slice):
-        return torch.from_numpy(np.array(items[rows], dtype=native))
-    return torch.from_numpy(np.asarray(items[rows.cpu().numpy()], dtype=native))  # a copy already
+    chosen = items[rows].copy() if isinstance(rows, slice) else items[rows.cpu().numpy()]  # which is a copy already
+    return torch.from_numpy(chosen.astype(items.dtype.newbyteorder("="), copy=False))
 
 
 def _blocks(items: Items) -> Iterator[tuple[int, Tensor]]:

@@ -9,8 +9,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from dmvae_lib.pairing import PairedData
 
+NOT_FINITE = (
+    "A checkpoint from before, if one was written, is kept; lower the learning rate, or look at the data, the "
+    "likelihood or objective, and the gradient of the step before."
+)
 Objective = Callable[[nn.Module, Batch, Tensor | None, Mapping[str, Tensor] | None, float], Terms]
 
 
@@ -126,14 +130,16 @@ def train(
         first = next(batches(data, schedule.batch_size, seed, state.step))
         model.check(data.batch(first), data.masks(first))
 
-    begun, saved, stop = time.monotonic(), time.monotonic(), False
+    begun = saved = time.monotonic()
+    stop, gpus = False, [device] if device.type == "cuda" else []
     bar = tqdm(total=schedule.steps, initial=state.step, desc=description, unit="step", leave=False)
-    with (
-        bar,
-        _stop_requests(checkpoint is not None) as requests,
-        _tensor_float32(device),
-        _random_numbers(state.generators, seed, state.generator_states),
-    ):
+    with bar, _stop_requests(checkpoint is not None) as requests, torch.random.fork_rng(gpus), ExitStack() as after:
+        after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if gpus:
+            torch.set_float32_matmul_precision("high")
+        state.seed(seed)
+        for generator, values in zip(state.generators, state.generator_states):
+            generator.set_state(values)
         while state.step < schedule.steps and not stop:
             step = state.step + 1
             beta = min(1.0, step / schedule.anneal_steps) if schedule.anneal_steps else 1.0
@@ -155,11 +161,15 @@ def train(
             bar.update()
 
             last = step == schedule.steps
-            evaluated = evaluate is not None and (last or (evaluate_every > 0 and step % evaluate_every == 0))
-            if step % schedule.log_every == 0 or evaluated or last:
+            due = evaluate if last or (evaluate_every > 0 and step % evaluate_every == 0) else None
+            if step % schedule.log_every == 0 or due is not None or last:
                 row = state.end_row()
-                if evaluated:
-                    row.update(_evaluation(evaluate, model, state.generators, seed))
+                if due is not None:
+                    model.eval()
+                    with torch.no_grad(), torch.random.fork_rng(gpus):
+                        state.seed(seed)
+                        row.update({name: float(value) for name, value in due(model).items()})
+                    model.train()
                 rate = (bar.format_dict["rate"] or 0.0) * schedule.batch_size
                 bar.set_postfix_str(f"loss {row['total']:.1f}, {rate:.0f} pairs/s", refresh=False)
             stop = bool(requests)
@@ -203,14 +213,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def batches(data: PairedData, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
     """Rows of `data`, (batch_size,), for updates start + 1, start + 2, …, on its device.
-
-    Every epoch is a fresh permutation fixed by (seed, epoch); its last, incomplete batch is dropped.
-    """
+    Every epoch is a fresh permutation fixed by (seed, epoch); its last, incomplete batch is dropped."""
     per_epoch = len(data) // batch_size
     if per_epoch == 0:
-        raise DMVAEError(
-            f"the data holds {len(data)} observations, fewer than one batch of {batch_size}; lower batch_size."
-        )
+        raise DMVAEError(f"{len(data)} observations are fewer than one batch of {batch_size}; lower batch_size.")
     epoch, position = divmod(start, per_epoch)
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -234,6 +240,10 @@ class _State:
     pending: list[dict[str, Tensor]] = field(default_factory=list)  # the terms of the row under way, on the device
     generator_states: Sequence[Tensor] = ()
 
+    def seed(self, seed: int) -> None:
+        for generator in self.generators:
+            generator.manual_seed(seed)
+
     def end_row(self) -> dict[str, float]:
         """Appends the mean of each term to the history, over the updates that had it (MVAE draws other subsets at each)."""
         updates = self.read()
@@ -250,22 +260,15 @@ class _State:
         updates = [{name: next(numbers) for name in terms} for terms in self.pending]
         for step, terms in enumerate(updates, self.step - len(updates) + 1):
             if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
-                raise DMVAEError(
-                    f"step {step}: not finite: {', '.join(bad)}. A checkpoint from before, if one was written, is "
-                    "kept; lower the learning rate, or look at the data and likelihood of that term and at the "
-                    "gradient of the step before."
-                )
+                raise DMVAEError(f"step {step}: not finite: {', '.join(bad)}. {NOT_FINITE}")
         return updates
 
     def check_weights(self) -> None:
         """Adam turns a gradient that is not finite into weights that are not, before any term of the loss can show it."""
         bad = [name for name, values in self.model.named_parameters() if not values.isfinite().all()]
         if bad:
-            raise DMVAEError(
-                f"step {self.step}: the loss is finite, but {len(bad)} weights are not, first {bad[0]}: a gradient was "
-                "not. A checkpoint from before, if one was written, is kept; lower the learning rate, or look at the "
-                "objective."
-            )
+            found = f"the loss is finite, but {len(bad)} weights are not, first {bad[0]}: a gradient was not"
+            raise DMVAEError(f"step {self.step}: {found}. {NOT_FINITE}")
 
     def save(self, path: Path, seconds: float) -> None:
         """Writes the checkpoint, whole or not at all. seconds: that this part has taken."""
@@ -300,72 +303,33 @@ class _State:
             raise DMVAEError(f"checkpoint {path} cannot be used ({type(error).__name__}: {why}). {repair}") from error
 
 
-def _evaluation(evaluate: Any, model: nn.Module, generators: Sequence[torch.Generator], seed: int) -> dict[str, float]:
-    model.eval()
-    with torch.no_grad(), _random_numbers(generators, seed):
-        values = {name: float(value) for name, value in evaluate(model).items()}
-    model.train()
-    return values
-
-
 def _generators(device: torch.device) -> list[torch.Generator]:
     """Torch's global generators, from which a training on this device draws."""
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return [torch.default_generator, torch.cuda.default_generators[index]]
-    return [torch.default_generator]
-
-
-@contextmanager
-def _random_numbers(generators: Sequence[torch.Generator], seed: int, states: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Generators that are seeded, or in the given states, inside the block, and after it as they were before."""
-    outside = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        for generator, state in zip(generators, states):
-            generator.set_state(state)
-        yield
-    finally:
-        for generator, state in zip(generators, outside):
-            generator.set_state(state)
-
-
-@contextmanager
-def _tensor_float32(device: torch.device) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    if device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 @contextmanager
 def _stop_requests(keep: bool) -> Iterator[list[int]]:
     """Signals that ask to stop are listed, and sent again when the block has ended; a second one acts at once.
-
-    Only the main thread gets signals, so elsewhere (a worker's thread) this does nothing.
-    """
+    Only the main thread gets signals, so elsewhere (a worker's thread) this does nothing."""
     came: list[int] = []
-    if not keep or threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        restore()
-        text = "Stopping after this update, which is kept in a checkpoint; once more to stop at once."
-        tqdm.write(text, file=sys.stderr)
+    numbers = (signal.SIGINT, signal.SIGTERM) if keep and threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in usual.items():
             signal.signal(number, handler)
 
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        restore()
+        tqdm.write("Stopping after this update, which a checkpoint keeps; once more to stop at once.", file=sys.stderr)
+
     try:
         for number in usual:
             signal.signal(number, note)

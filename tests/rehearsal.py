@@ -8,7 +8,6 @@ this rehearsal's processes alone. Before them it runs without data and network, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -26,13 +25,13 @@ from scipy.io import savemat
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
-from dmvae_lib.data.embedded import handwritten_digits, house_numbers
-from dmvae_lib.data.embedded_flowers import drawn_flowers
-from dmvae_lib.data.features import BERT_REVISION, _small_bert
-from dmvae_lib.data.flowers import CAPTIONS, CLASS_LISTS
-from dmvae_lib.files import sha256
-from dmvae_lib.reproduce import notebooks
-from dmvae_lib.runs import project_folder
+from dmvae_lib.files import md5, sha256
+from dmvae_lib.paper.data.embedded_digits import handwritten_digits, house_numbers
+from dmvae_lib.paper.data.embedded_flowers import drawn_flowers
+from dmvae_lib.paper.data.features import BERT_REVISION, _small_bert
+from dmvae_lib.paper.data.flowers import CAPTION_FOLDER, CAPTIONS, CLASS_LISTS
+from dmvae_lib.paper.reproduce import notebooks
+from dmvae_lib.paper.runs import project_folder
 
 MNIST = {"train": 60_000, "t10k": 10_000}
 SVHN = {"train": 73_257, "test": 26_032}
@@ -41,12 +40,12 @@ FLOWERS, CLASSES = 8_189, {"test": range(1, 21), "validation": range(21, 41), "t
 OVERRIDE = """
 import json, pathlib
 from torchvision import datasets, models
-from dmvae_lib.data import digits
+from dmvae_lib.paper.data import digits
 known = json.loads(pathlib.Path(__file__).with_name("checksums.json").read_text())
 digits.MNIST_SHA256 = known["mnist"]
 for split, digest in known["svhn"].items():
     datasets.SVHN.split_list[split][2] = digest
-datasets.Flowers102._file_dict["label"] = ("imagelabels.mat", known["flowers"])
+datasets.Flowers102._file_dict.update(known["flowers"])
 models.ResNet101_Weights.IMAGENET1K_V1.value.url = known["resnet"]
 """
 
@@ -71,14 +70,14 @@ def write_svhn(folder: Path) -> dict[str, str]:
         rows, path = torch.arange(n) % len(images), folder / f"{split}_32x32.mat"
         labelled = labels[rows, None].byte()
         savemat(path, {"X": images[rows].permute(2, 3, 1, 0).numpy(), "y": labelled.where(labelled > 0, 10).numpy()})
-        digests[split] = hashlib.md5(path.read_bytes()).hexdigest()
+        digests[split] = md5(path)
     return digests
 
 
-def write_flowers(root: Path) -> str:
+def write_flowers(root: Path) -> dict[str, tuple[str, str]]:
     """Image i of class i mod 102, one of the drawn flowers, enlarged to a photograph's size, with its ten captions."""
     images, labels, captions = drawn_flowers()
-    jpg, text = root / "flowers-102" / "jpg", root / "cvpr2016_flowers" / "text_c10"
+    jpg, text = root / "flowers-102" / "jpg", root / CAPTION_FOLDER / "text_c10"
     jpg.mkdir(parents=True)
     of_class = np.arange(FLOWERS) % 102 + 1
     drawn = {label: (labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()}
@@ -92,9 +91,13 @@ def write_flowers(root: Path) -> str:
         path.write_text("".join(f"{line}\n" for line in captions[row][:CAPTIONS]))
     for split, members in CLASSES.items():
         (text.parent / CLASS_LISTS[split]).write_text("".join(f"class_{label:05}\n" for label in members))
-    for name, key, values in (("imagelabels", "labels", of_class), ("setid", "trnid", np.arange(1, FLOWERS + 1))):
-        savemat(jpg.parent / f"{name}.mat", {key: values[None].astype(np.uint16)})
-    return hashlib.md5((jpg.parent / "imagelabels.mat").read_bytes()).hexdigest()
+    about = {
+        "label": ("imagelabels.mat", "labels", of_class),
+        "setid": ("setid.mat", "trnid", np.arange(1, FLOWERS + 1)),
+    }
+    for name, key, values in about.values():
+        savemat(jpg.parent / name, {key: values[None].astype(np.uint16)})
+    return {kind: (name, md5(jpg.parent / name)) for kind, (name, _, _) in about.items()}
 
 
 def write_networks(folder: Path) -> str:
@@ -114,7 +117,7 @@ def write_networks(folder: Path) -> str:
 
 
 def reproduce(profile: str, data: Path, environ: dict[str, str], **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dmvae_lib.reproduce", "--profile", profile, "--data", str(data)]
+    command = [sys.executable, "-m", "dmvae_lib.paper.reproduce", "--profile", profile, "--data", str(data)]
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     return subprocess.run(command, env=os.environ | environ | nowhere, **options)
 
@@ -136,9 +139,9 @@ def main() -> None:
         (root / "sitecustomize.py").write_text(OVERRIDE)
 
     alone = reproduce(profile, root / "empty", {"HF_HOME": str(root / "no"), "TORCH_HOME": str(root / "no")}, capture_output=True, text=True)  # fmt: skip
-    message = alone.stderr.strip().splitlines()[-1]
-    print(f"Without data and network, exit status {alone.returncode}: {message}")
-    assert alone.returncode == 1 and "is no " in message and "network" in message, alone.stderr
+    print(f"Without data and network, exit status {alone.returncode}: {alone.stderr.strip()}")
+    assert alone.returncode == 1 and "MNIST is missing: there is no " in alone.stderr, "expected a message that says so"
+    assert "Traceback" not in alone.stderr, "expected one message"
 
     begun = time.monotonic()
     environ = {"PYTHONPATH": str(root), "HF_HOME": str(root / "hf"), "TORCH_HOME": str(root / "torch")}

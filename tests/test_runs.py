@@ -21,7 +21,8 @@ from dmvae_lib.paper import pretrained, runs
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import TABLE1
 from dmvae_lib.paper.rows.row import train_pairs
-from dmvae_lib.paper.runs import Run, setting, train_all
+from dmvae_lib.paper.runs import Run, setting
+from dmvae_lib.paper.workers import train_all
 from dmvae_lib.training import model_objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")

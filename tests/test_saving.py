@@ -123,7 +123,7 @@ def test_a_model_of_another_class(folder):
 
 
 def test_missing_damaged_and_foreign_files(folder, tmp_path_factory):
-    with pytest.raises(DMVAEError, match="config.json cannot be read .No such file"):
+    with pytest.raises(DMVAEError, match="cannot read .*config.json: No such file"):
         DMVAE.load(folder / "elsewhere", modalities())
     weights = folder / "model.safetensors"
     save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
@@ -134,7 +134,7 @@ def test_missing_damaged_and_foreign_files(folder, tmp_path_factory):
         DMVAE.load(folder, modalities())
     for text in ("{", "[]", '{"architectures": ["BertModel"]}'):
         (folder / "config.json").write_text(text)
-        with pytest.raises(DMVAEError, match="config.json cannot be read"):
+        with pytest.raises(DMVAEError, match="config.json (cannot be read|holds a JSON list|describes no model)"):
             DMVAE.load(folder, modalities())
 
 

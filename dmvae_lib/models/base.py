@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from dmvae_lib.distributions import DiagonalGaussian, Likelihood, bernoulli, gaussian, laplace
 from dmvae_lib.errors import DMVAEError
@@ -43,17 +43,13 @@ class Modality:
     def __post_init__(self):
         if isinstance(self.likelihood, str):
             if self.likelihood not in LIKELIHOODS:
-                raise DMVAEError(
-                    f"Modality: unknown likelihood {self.likelihood!r}; expected one of {', '.join(LIKELIHOODS)}, "
-                    "a Likelihood, or a function log_prob(params, x)."
-                )
+                known = f"{', '.join(LIKELIHOODS)}, a Likelihood, or a function log_prob(params, x)"
+                raise DMVAEError(f"Modality: unknown likelihood {self.likelihood!r}; expected one of {known}.")
             self.likelihood = LIKELIHOODS[self.likelihood]()
         elif not isinstance(self.likelihood, Likelihood):
             self.likelihood = Likelihood(self.likelihood, name=getattr(self.likelihood, "__name__", "custom"))
         if self.private_dim < 0 or self.weight < 0:
-            raise DMVAEError(
-                f"Modality: private_dim={self.private_dim}, weight={self.weight}; neither may be negative."
-            )
+            raise DMVAEError(f"Modality: private_dim={self.private_dim}, weight={self.weight}; none may be negative.")
 
 
 @dataclass(frozen=True)
@@ -113,12 +109,10 @@ def batch_mean(values: Tensor, *masks: Tensor | None) -> Tensor:
     return values.sum(-1) / values.shape[-1]
 
 
-class MultimodalVAE(nn.Module, Saved):
+class MultimodalVAE(Saved):
     """Encoders, decoders, and what follows from them; a model adds `loss` and `joint`.
-
     arguments: what its constructor takes besides networks, as JSON; about: whatever else should be known of it, as
-    JSON. `save` writes both.
-    """
+    JSON. `save` writes both."""
 
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int):
         super().__init__()
@@ -148,16 +142,14 @@ class MultimodalVAE(nn.Module, Saved):
         Raises DMVAEError for unknown names, unequal batch sizes, masks of another form, items of which nothing is
         observed, and, on the CPU, what `check` raises for.
         """
-        size = self._check_form(batch)
-        masks = self._masks(batch, observed or {}, size)
+        size, masks = self._checked(batch, observed or {})
         private, shared, targets = {}, {}, {}
         for name, x in batch.items():
             rows = None if masks is None else masks[name].nonzero().flatten()
             x = x if rows is None else x[rows]
             if x.device.type == "cpu":  # elsewhere every look at a value would wait for the device
                 self._check_values(name, x)
-            x = self._observe(name, x)
-            statistics = self._statistics(name, x)
+            x, statistics = self._encoded(name, x)
             if rows is not None:
                 statistics = statistics.new_zeros(size, statistics.shape[1]).index_copy(0, rows, statistics)
             private[name], shared[name] = self.posteriors(name, statistics)
@@ -184,32 +176,28 @@ class MultimodalVAE(nn.Module, Saved):
     def encode(self, name: str, x: Tensor) -> tuple[Any, Any]:
         """(q(z_p | x), the shared expert q(z_s | x)) of one modality; x (B, ...) as in the data."""
         self._known(name)
-        return self.posteriors(name, self._statistics(name, self._observe(name, x)))
+        return self.posteriors(name, self._encoded(name, x)[1])
 
-    def _observe(self, name: str, x: Tensor) -> Tensor:
-        """What stands for x: features(x), or x itself for a modality without features."""
-        if name not in self.features or not len(x):
-            return x
-        try:
-            return self.features[name](x).to(self._like().dtype)
-        except RuntimeError as error:
-            raise DMVAEError(f"features of {name!r} reject input of shape {tuple(x.shape)}: {error}") from error
-
-    def _statistics(self, name: str, x: Tensor) -> Tensor:
-        expected = (len(x), 2 * self.private_dims[name] + 2 * self.shared_dim)
+    def _encoded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(what stands for x: features(x), or x itself for a modality without features; the encoder's statistics)."""
+        p, s = self.private_dims[name], self.shared_dim
         if not len(x):  # nothing of this modality in the batch: some networks take no empty one
-            return self._like().new_zeros(expected)
-        try:
-            statistics = self.encoders[name](x)
-        except RuntimeError as error:  # torch's message names neither the modality nor the input's shape
-            raise DMVAEError(f"encoder of {name!r} rejects input of shape {tuple(x.shape)}: {error}") from error
-        if tuple(statistics.shape) != expected:
+            return x, self._like().new_zeros(0, 2 * p + 2 * s)
+        if name in self.features:
+            x = self._output(f"features of {name!r} reject", self.features[name], x)
+        statistics = self._output(f"encoder of {name!r} rejects", self.encoders[name], x)
+        if tuple(statistics.shape) != (len(x), 2 * p + 2 * s):
             raise DMVAEError(
-                f"encoder of {name!r} returned shape {tuple(statistics.shape)}, expected {expected}: private mean and "
-                f"log-variance ({self.private_dims[name]} each), then shared mean and log-variance "
-                f"({self.shared_dim} each)."
+                f"encoder of {name!r} returned shape {tuple(statistics.shape)}, expected {(len(x), 2 * p + 2 * s)}: "
+                f"private mean and log-variance ({p} each), then shared mean and log-variance ({s} each)."
             )
-        return statistics.to(self._like().dtype)  # networks may compute in lower precision; what follows does not
+        return x, statistics
+
+    def _output(self, rejects: str, network: nn.Module, x: Tensor) -> Tensor:
+        try:  # networks may compute in lower precision; what follows does not
+            return network(x).to(self._like().dtype)
+        except RuntimeError as error:  # torch's message names neither the modality nor the input's shape
+            raise DMVAEError(f"{rejects} input of shape {tuple(x.shape)}: {error}") from error
 
     # --- synthesis -------------------------------------------------------------------------------------------
 
@@ -228,54 +216,42 @@ class MultimodalVAE(nn.Module, Saved):
         """p(z_s), of shape (s,): N(0, I)."""
         return DiagonalGaussian.standard(self.shared_dim, like=self._like())
 
-    def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def prior(self, n: int, generator: Generator | None = None) -> Tensor:
         """(n, s) shared codes from the prior."""
         return self.prior_distribution().rsample(generator, n)
 
-    def private_prior(self, name: str, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+    def private_prior(self, name: str, *shape: int, generator: Generator | None = None) -> Tensor:
         """(*shape, p) private codes from N(0, I)."""
         self._known(name)
         return DiagonalGaussian.standard(*shape, self.private_dims[name], like=self._like()).rsample(generator)
 
     def cross_generate(
-        self,
-        batch: Batch,
-        target: str,
-        n: int = 1,
-        private: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, batch: Batch, target: str, n: int = 1, private: Tensor | None = None, generator: Generator | None = None
     ) -> Tensor:
         """E[x_target] for z_s ~ q(z_s | observed) and z_p ~ p(z_p) (Sec. 4.3), (n, B, *x_target.shape[1:]).
-
-        private: (n, p) codes to use instead of samples, one for each of the n syntheses (Fig. 4's rows).
-        """
+        private: (n, p) codes to use instead of samples, one for each of the n syntheses (Fig. 4's rows)."""
         self._known(target)
         shared = self.infer(batch).joint.rsample(generator, n)
         if private is None:
             private = self.private_prior(target, *shared.shape[:-1], generator=generator)
-        elif tuple(private.shape) != (n, self.private_dims[target]):
-            raise DMVAEError(
-                f"private codes of shape {tuple(private.shape)}; expected (n, private_dim) = "
-                f"{(n, self.private_dims[target])} for {target!r}."
-            )
+        elif tuple(private.shape) != (expected := (n, self.private_dims[target])):
+            raise DMVAEError(f"private codes of shape {tuple(private.shape)}; expected (n, private_dim) = {expected}.")
         else:
             private = private[:, None]
         return self.mean(target, private, shared)
 
     def reconstruct(
-        self, batch: Batch, target: str, source: str = "joint", generator: torch.Generator | None = None
+        self, batch: Batch, target: str, source: str = "joint", generator: Generator | None = None
     ) -> Tensor:
         """E[x_target], (B, ...), with z_p ~ q(z_p | x_target) and z_s from `source` (Sec. 4.3).
-
-        source: "joint" for q(z_s | x), the target's name for self-reconstruction, another name for cross.
-        """
+        source: "joint" for q(z_s | x), the target's name for self-reconstruction, another name for cross."""
         posterior = self.infer(batch)
         for name in {target, source} - {"joint", *posterior.private}:
             raise DMVAEError(f"{name!r} is not in the batch; it holds {', '.join(posterior.private)}.")
         shared = posterior.joint if source == "joint" else posterior.shared[source]
         return self.mean(target, posterior.private[target].rsample(generator), shared.rsample(generator))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def sample(self, n: int, generator: Generator | None = None) -> dict[str, Tensor]:
         """E[x] of every modality, (n, ...), from one shared code for all and private codes, all from the priors."""
         shared = self.prior(n, generator)
         return {name: self.mean(name, self.private_prior(name, n, generator=generator), shared) for name in self.names}
@@ -285,10 +261,8 @@ class MultimodalVAE(nn.Module, Saved):
     def log_prob(self, name: str, params: Tensor, x: Tensor) -> Tensor:
         """log p(x | z), summed over pixels and channels: params (..., B, *x.shape[1:]) -> (..., B), unweighted."""
         if params.shape[params.dim() - x.dim() :] != x.shape:
-            raise DMVAEError(
-                f"decoder of {name!r} returns items of shape {tuple(params.shape[params.dim() - x.dim() + 1 :])}, "
-                f"the data has {tuple(x.shape[1:])}; both must be the same."
-            )
+            found, expected = tuple(params.shape[params.dim() - x.dim() + 1 :]), tuple(x.shape[1:])
+            raise DMVAEError(f"decoder of {name!r} returns items of shape {found}; the data's have {expected}.")
         return self.likelihoods[name].log_prob(params, x).sum(tuple(range(1 - x.dim(), 0)))
 
     def reconstruction(self, name: str, posterior: Posterior, private: Tensor, shared: Tensor) -> Tensor:
@@ -312,7 +286,7 @@ class MultimodalVAE(nn.Module, Saved):
         batch: Batch,
         samples: int = 1_000,
         observed: Observed | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         at_once: int = 10,
     ) -> Tensor:
         """(B,) importance-weighted estimate of log p(x) in nats, x what is observed of `batch` (Burda et al. 2016),
@@ -345,8 +319,8 @@ class MultimodalVAE(nn.Module, Saved):
         missing = [name for name in self.names if name not in batch]
         if missing:
             raise DMVAEError(
-                f"the objective needs every modality; the batch lacks {', '.join(missing)}. Where items are missing, "
-                "give the modality all the same, with a mask: loss(batch, observed={name: (B,) bool})."
+                f"the objective needs every modality; the batch lacks {', '.join(missing)}. Give a modality of which "
+                "items are missing all the same, with a mask: loss(batch, observed={name: (B,) bool})."
             )
         return self.infer({name: batch[name] for name in self.names}, observed)
 
@@ -354,7 +328,7 @@ class MultimodalVAE(nn.Module, Saved):
 
     def check(self, batch: Batch, observed: Observed | None = None) -> None:
         """Raises DMVAEError for observed values of the batch that are not finite, or outside a Bernoulli's [0, 1]."""
-        masks = self._masks(batch, observed or {}, self._check_form(batch))
+        masks = self._checked(batch, observed or {})[1]
         for name, x in batch.items():
             self._check_values(name, x if masks is None else x[masks[name]])
 
@@ -365,50 +339,41 @@ class MultimodalVAE(nn.Module, Saved):
         if name not in self.names:
             raise DMVAEError(f"unknown modality {name!r}; this model has {', '.join(self.names)}.")
 
-    def _check_form(self, batch: Batch) -> int:
+    def _checked(self, batch: Batch, observed: Observed) -> tuple[int, dict[str, Tensor] | None]:
+        """(B, a mask for every modality of the batch, or None if no item is said to be missing)."""
         if not batch:
             raise DMVAEError(f"no modality observed; give at least one of {', '.join(self.names)}.")
         for name, x in batch.items():
             self._known(name)
             if x.dim() < 2:
-                raise DMVAEError(
-                    f"{name!r} has shape {tuple(x.shape)}; expected (B, ...): give single features as (B, 1)."
-                )
+                raise DMVAEError(f"{name!r} has shape {tuple(x.shape)}; expected (B, ...), single features as (B, 1).")
             if not x.is_floating_point():
                 raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
-        sizes = {name: len(x) for name, x in batch.items()}
-        if len(set(sizes.values())) > 1:
+        if len({len(x) for x in batch.values()}) > 1:
+            sizes = {name: len(x) for name, x in batch.items()}
             raise DMVAEError(f"modalities of one batch must have the same length, found {sizes}.")
-        return next(iter(sizes.values()))
-
-    def _masks(self, batch: Batch, observed: Observed, size: int) -> dict[str, Tensor] | None:
-        """A mask for every modality of the batch, or None if no item is said to be missing."""
         for name, mask in observed.items():
             if name not in batch:
                 raise DMVAEError(f"observed: {name!r} is not in the batch, which holds {', '.join(batch)}.")
-            if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-                raise DMVAEError(
-                    f"observed[{name!r}] has shape {tuple(mask.shape)} and {mask.dtype}; expected ({size},), torch.bool."
-                )
+            if mask.dtype != torch.bool or tuple(mask.shape) != (len(x),):
+                found = f"shape {tuple(mask.shape)} and {mask.dtype}"
+                raise DMVAEError(f"observed[{name!r}] has {found}; expected ({len(x)},), torch.bool.")
         if not observed:
-            return None
-        full = torch.ones(size, dtype=torch.bool, device=next(iter(batch.values())).device)
+            return len(x), None
+        full = torch.ones(len(x), dtype=torch.bool, device=x.device)
         masks = {name: observed.get(name, full) for name in batch}
-        nothing = ~torch.stack(list(masks.values())).any(0)
-        if full.device.type == "cpu" and nothing.any():
-            raise DMVAEError(
-                f"nothing is observed of {int(nothing.sum())} items, first item {int(nothing.nonzero()[0])}; leave them out."
-            )
-        return masks
+        if x.device.type == "cpu" and len(nothing := (~torch.stack(list(masks.values())).any(0)).nonzero()):
+            raise DMVAEError(f"nothing is observed of {len(nothing)} items, first item {int(nothing[0])}; drop them.")
+        return len(x), masks
 
     def _check_values(self, name: str, x: Tensor) -> None:
         low, high = (bound.item() for bound in x.aminmax()) if x.numel() else (0.0, 0.0)
         if not math.isfinite(low + high):  # aminmax propagates NaN
             raise DMVAEError(f"{name!r} holds values that are not finite; remove or replace them before training.")
         if self.likelihoods[name].unit and not 0 <= low <= high <= 1:
+            repair = "divide 8-bit images by 255, or choose another likelihood"
             raise DMVAEError(
-                f"{name!r} holds values in [{low:g}, {high:g}]; a Bernoulli likelihood needs [0, 1]: "
-                "divide 8-bit images by 255, or choose another likelihood."
+                f"{name!r} holds values in [{low:g}, {high:g}]; a Bernoulli likelihood needs [0, 1]: {repair}."
             )
 
 
@@ -417,8 +382,7 @@ class SharedVAE(MultimodalVAE):
 
     def __init__(self, modalities: Mapping[str, Modality], shared_dim: int):
         super().__init__(modalities, shared_dim)
-        private = {name: dim for name, dim in self.private_dims.items() if dim}
-        if private:
+        if private := {name: dim for name, dim in self.private_dims.items() if dim}:
             raise DMVAEError(
                 f"{type(self).__name__} has no private codes, found private_dim {private}; set private_dim=0 and let "
                 "the encoder return (B, 2 * shared_dim) statistics, or use DMVAE."

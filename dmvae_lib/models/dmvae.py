@@ -36,11 +36,9 @@ class DMVAE(MultimodalVAE):
         self.arguments["without"] = sorted(self.without)
         bounds = [f"{target}<-{source}" for target in self.names for source in ("joint", *self.names)]
         known = {name for bound in bounds for name in (bound, *terms_of(bound))}
-        if self.without - known:
-            raise DMVAEError(
-                f"DMVAE: unknown terms {sorted(self.without - known)}; expected names among {', '.join(bounds)}, "
-                f"or one of their terms, as in {', '.join(terms_of(bounds[0]))}."
-            )
+        if unknown := self.without - known:
+            expected = f"names among {', '.join(bounds)}, or one of their terms, as in {', '.join(terms_of(bounds[0]))}"
+            raise DMVAEError(f"DMVAE: unknown terms {sorted(unknown)}; expected {expected}.")
 
     def joint(self, experts: Sequence[DiagonalGaussian], observed: Sequence[Tensor] | None = None) -> DiagonalGaussian:
         """Eq. 2 with the prior expert; a single observed modality out of several stands alone (end of Sec. 4.2)."""
@@ -51,19 +49,16 @@ class DMVAE(MultimodalVAE):
             return product
         masks = torch.stack(list(observed))[..., None]  # (N, B, 1)
         alone = masks.sum(0) == 1
-        mean, logvar = (
-            (torch.stack([getattr(q, part) for q in experts]) * masks).sum(0) for part in ("mean", "logvar")
-        )
-        return DiagonalGaussian(
-            torch.where(alone, mean, product.mean),
-            torch.where(alone, logvar, product.logvar),
-        )
+
+        def chosen(part: str) -> Tensor:
+            own = (torch.stack([getattr(q, part) for q in experts]) * masks).sum(0)
+            return torch.where(alone, own, getattr(product, part))
+
+        return DiagonalGaussian(chosen("mean"), chosen("logvar"))
 
     def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
         """Eq. 3, negated. Log-likelihoods "target<-source", KLs "target<-source/private" and "target<-source/shared".
-
-        Shared codes are sampled once per source, private codes once per target.
-        """
+        Shared codes are sampled once per source, private codes once per target."""
         return self.bounds(self.infer_all(batch, observed), beta)
 
     def bounds(self, posterior: Posterior, beta: float | Tensor = 1.0) -> Terms:
@@ -83,10 +78,9 @@ class DMVAE(MultimodalVAE):
                     terms.log_likelihoods[f"{target}<-{source}"] = batch_mean(value, there[target], there[source])
             for source in shared:
                 bound, both = f"{target}<-{source}", (there[target], there[source])
-                if self._keeps(f"kl({bound}/private)"):
-                    terms.kls[f"{bound}/private"] = batch_mean(kl_private, *both)
-                if self._keeps(f"kl({bound}/shared)"):
-                    terms.kls[f"{bound}/shared"] = batch_mean(kl_shared[source], *both)
+                for part, kl in (("private", kl_private), ("shared", kl_shared[source])):
+                    if self._keeps(f"kl({bound}/{part})"):
+                        terms.kls[f"{bound}/{part}"] = batch_mean(kl, *both)
         return terms
 
     def _keeps(self, term: str) -> bool:

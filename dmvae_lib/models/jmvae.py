@@ -45,10 +45,8 @@ class JointNetworkVAE(SharedVAE):
         statistics = self.joint_encoder({name: batch[name] for name in self.names})
         expected = (len(posterior.joint.mean), 2 * self.shared_dim)
         if tuple(statistics.shape) != expected:
-            raise DMVAEError(
-                f"joint encoder returned shape {tuple(statistics.shape)}, expected {expected}: mean and log-variance "
-                f"({self.shared_dim} each)."
-            )
+            found = f"joint encoder returned shape {tuple(statistics.shape)}, expected {expected}"
+            raise DMVAEError(f"{found}: mean and log-variance ({self.shared_dim} each).")
         return posterior._replace(joint=DiagonalGaussian(*statistics.to(self._like().dtype).chunk(2, -1)))
 
 
@@ -103,9 +101,8 @@ class TELBO(JointNetworkVAE):
         self.unimodal_weights = self.weights | dict(unimodal_weights or {})
         self.arguments["unimodal_weights"] = self.unimodal_weights
         if set(self.unimodal_weights) != set(self.names) or min(self.unimodal_weights.values()) < 0:
-            raise DMVAEError(
-                f"TELBO: unimodal_weights={unimodal_weights}; expected weights >= 0 for {', '.join(self.names)}."
-            )
+            expected = f"weights >= 0 for {', '.join(self.names)}"
+            raise DMVAEError(f"TELBO: unimodal_weights={unimodal_weights}; expected {expected}.")
 
     def loss(self, batch: Batch, observed: Observed | None = None, beta: float | Tensor = 1.0) -> Terms:
         """The objective, negated. Log-likelihoods "name<-joint" and "name<-name", KLs "joint" and "name"."""

@@ -37,10 +37,8 @@ class MVAE(SharedVAE):
         super().__init__(modalities, shared_dim)
         available = max(2 ** len(self.names) - len(self.names) - 2, 0)
         if not 0 <= random_subsets <= available:
-            raise DMVAEError(
-                f"MVAE: random_subsets={random_subsets}; {len(self.names)} modalities have {available} subsets besides "
-                "the single ones and the full set."
-            )
+            expected = f"0 to {available}, the subsets besides the single modalities and the full set"
+            raise DMVAEError(f"MVAE: random_subsets={random_subsets}; expected {expected}.")
         self.random_subsets = self.arguments["random_subsets"] = random_subsets
 
     def posteriors(self, name: str, statistics: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
@@ -76,7 +74,5 @@ class MVAE(SharedVAE):
         return terms
 
     def _draw_subsets(self) -> list[tuple[str, ...]]:
-        if not self.random_subsets:
-            return []
         subsets = [s for size in range(2, len(self.names)) for s in combinations(self.names, size)]
         return [subsets[i] for i in torch.randperm(len(subsets))[: self.random_subsets].tolist()]

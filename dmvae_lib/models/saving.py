@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from safetensors.torch import load_model, save
 from torch import nn
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import atomic_write, sha256, verify, write_json
-
-if TYPE_CHECKING:
-    from dmvae_lib.models.base import Modality
+from dmvae_lib.files import atomic_write, read_json, sha256, verify, write_json
 
 Model = TypeVar("Model", bound="Saved")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -38,26 +35,15 @@ OWN_NETWORKS = """The encoders and decoders are code and not in here: load it wi
     model = %s.from_pretrained("this repository", modalities, revision="a commit")"""
 
 
-class Saved:
+class Saved(nn.Module):
     """Saving and loading for a `MultimodalVAE`."""
-
-    names: tuple[str, ...]
-    private_dims: dict[str, int]
-    weights: dict[str, float]
-    likelihoods: dict[str, Any]  # Likelihood
-    features: nn.ModuleDict
-    arguments: dict[str, Any]
-    about: dict[str, Any]
-    eval: Callable[[], Self]
 
     def save(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder`, each whole or not at all.
-
-        Raises DMVAEError for a folder that cannot be written.
-        """
-        folder, module = Path(folder), cast(Any, self)
-        once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}  # networks may be shared
-        weights = {name: values.contiguous() for name, values in module.state_dict().items() if name in once}
+        Raises DMVAEError for a folder that cannot be written."""
+        folder = Path(folder)
+        once = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}  # networks may be shared
+        weights = {name: values.contiguous() for name, values in self.state_dict().items() if name in once}
         with atomic_write(folder / WEIGHTS) as temporary:
             temporary.write_bytes(save(weights))  # safetensors' own writer hides what is wrong with the disk
         about = {"about": self.about} if self.about else {}
@@ -65,11 +51,11 @@ class Saved:
         write_json(folder / CONFIG, _description(self) | about | seal)
 
     @classmethod
-    def load(cls, folder: str | Path, modalities: Mapping[str, Modality] | None = None, **networks: nn.Module) -> Self:
+    def load(cls, folder: str | Path, modalities: Mapping[str, Any] | None = None, **networks: nn.Module) -> Self:
         """The model that `save` wrote into `folder`, on the CPU, ready for inference.
 
-        modalities: with encoders and decoders of the same architecture; their weights are replaced. networks: other
-        modules that the model is built from (`joint_encoder`).
+        modalities: {name: Modality} with encoders and decoders of the same architecture; their weights are replaced.
+        networks: other modules that the model is built from (`joint_encoder`).
 
         Raises DMVAEError, naming what differs, for modalities that are not those that were saved, and for files that
         are missing, damaged or of another model.
@@ -91,15 +77,13 @@ class Saved:
     def from_pretrained(
         cls,
         source: str | Path,
-        modalities: Mapping[str, Modality] | None = None,
+        modalities: Mapping[str, Any] | None = None,
         *,
         revision: str | None = None,
         **options: Any,
     ) -> Self:
         """`load` from a folder, or from a repository of the Hub at `revision`: a commit pins it, a branch moves.
-
-        options: other networks, as of `load`, and options of huggingface_hub.snapshot_download (token, cache_dir, …).
-        """
+        options: `load`'s other networks, and options of huggingface_hub.snapshot_download (token, cache_dir, …)."""
         networks = {name: value for name, value in options.items() if isinstance(value, nn.Module)}
         where = {name: value for name, value in options.items() if name not in networks}
         return cls.load(fetched(source, revision=revision, **where), modalities, **networks)
@@ -114,9 +98,7 @@ class Saved:
         commit_message: str = "A model of dmvae_lib",
     ) -> str:
         """Uploads what `save` writes, and a card, to a repository of the Hub (owner/name), made if it is not there.
-
-        revision: a branch; None: the default one. Returns the commit, which as `revision` loads just this model.
-        """
+        revision: a branch; None: the default one. Returns the commit, which as `revision` loads just this model."""
         from huggingface_hub import HfApi  # here, because it takes long to import
 
         api = HfApi(token=token)
@@ -124,10 +106,10 @@ class Saved:
             self.save(folder)
             Path(folder, "README.md").write_text(self.card(), encoding="utf-8")
             api.create_repo(repo_id, private=private, exist_ok=True)
-            pushed = api.upload_folder(
+            made = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
             )
-            return pushed.oid
+            return made.oid
 
     def card(self) -> str:
         """The Hub's README.md: what the model is and how to load it."""
@@ -154,24 +136,16 @@ def fetched(source: str | Path, **options: Any) -> Path:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a saved model. Raises DMVAEError if it is missing or is not one of this library's."""
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        if not {"model", "modalities", "arguments", "sha256"} <= set(config):
-            raise ValueError("it describes no model of this library")
-    except (OSError, ValueError, TypeError) as error:
-        raise DMVAEError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); expected a folder that `save` wrote, "
-            f"with {CONFIG} and {WEIGHTS}."
-        ) from error
+    path, repair = Path(folder) / CONFIG, f"Give a folder that `save` wrote, with {CONFIG} and {WEIGHTS}."
+    config = read_json(path, repair)
+    if not {"model", "modalities", "arguments", "sha256"} <= set(config):
+        raise DMVAEError(f"{path} describes no model of this library. {repair}")
     return config
 
 
 def load_weights(model: Model, folder: str | Path) -> Model:
     """`model` with the weights, and the `about`, saved in `folder`, ready for inference.
-
-    Raises DMVAEError for a model unlike the saved one, naming what.
-    """
+    Raises DMVAEError for a model unlike the saved one, naming what."""
     config, path = read_config(folder), Path(folder) / WEIGHTS
     saved, given = _flat(config), _flat(_description(model))
     unlike = [

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -19,31 +20,23 @@ plt.rcParams |= {"figure.dpi": 100, "savefig.dpi": 150, "pdf.fonttype": 42, "axe
 
 def tile(images: Tensor, gap: int = 2) -> np.ndarray:
     """(R, C, channels, H, W) in [0, 1] or uint8 -> one picture of R x C images, (height, width, 3), white gaps."""
-    images = images.detach().cpu()
-    images = images.float() / 255 if not images.is_floating_point() else images.float()
-    rows, columns, channels, height, width = images.shape
-    picture = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), np.float32)
-    for r in range(rows):
-        for c in range(columns):
-            top, left = r * (height + gap), c * (width + gap)
-            image = images[r, c].permute(1, 2, 0).numpy()
-            picture[top : top + height, left : left + width] = image.repeat(3, -1) if channels == 1 else image
-    return picture
+    images = images.detach().cpu().float() / (1 if images.is_floating_point() else 255)
+    rows, columns, _, height, width = images.shape
+    padded = F.pad(images.expand(-1, -1, 3, -1, -1), (0, gap, 0, gap), value=1.0).permute(0, 3, 1, 4, 2)
+    picture = padded.reshape(rows * (height + gap), columns * (width + gap), 3)
+    return picture[: len(picture) - gap, : picture.shape[1] - gap].numpy()
 
 
 def gallery(rows: Mapping[str, Tensor], title: str = "", width: float = 7.0) -> Figure:
     """One labelled row of images for each entry, {label: (C, channels, H, W)}."""
-    figure, axes = plt.subplots(
-        len(rows), 1, figsize=(width, width / max(len(x) for x in rows.values()) * len(rows) + 0.3)
-    )
-    for ax, (label, images) in zip(np.atleast_1d(axes), rows.items()):
+    height = width / max(len(images) for images in rows.values()) * len(rows) + 0.3
+    figure, axes = plt.subplots(len(rows), 1, figsize=(width, height), squeeze=False)
+    for ax, (label, images) in zip(axes[:, 0], rows.items()):
         ax.imshow(tile(images[None]), interpolation="nearest")
-        ax.set_xticks([]), ax.set_yticks([])
-        ax.grid(False)
+        ax.set(xticks=[], yticks=[])
         sns.despine(ax=ax, left=True, bottom=True)
         ax.set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize="small")
-    if title:
-        np.atleast_1d(axes)[0].set_title(title)
+    axes[0, 0].set_title(title)
     figure.subplots_adjust(hspace=0.06)
     return figure
 
@@ -77,22 +70,20 @@ def embedding(
     """
     figure, ax = plt.subplots(figsize=(5.2, 5.2))
     colours = sns.color_palette("colorblind", int(max(labels)) + 1)
-    for xy, marker in zip(points.values(), MARKERS, strict=False):
+    for (name, xy), marker in zip(points.items(), MARKERS, strict=False):
         for label in np.unique(labels):
-            filled, colour = marker in "+x", colours[label]
-            style = {"color": colour} if filled else {"facecolors": "none", "edgecolors": [colour]}
+            colour = colours[label]
+            style = {"color": colour} if marker in "+x" else {"facecolors": "none", "edgecolors": [colour]}
             ax.scatter(*xy[labels == label].T, s=28, marker=marker, linewidths=1.0, **style)
+        # For the legend alone, in no class's colour.
+        ax.plot([], [], color="0.3", marker=marker, linestyle="", markerfacecolor="none", label=titles[name])
     both = np.concatenate(list(points.values()))
     for label in np.unique(labels):  # readable without colour
         own = both[np.tile(labels, len(points)) == label]
         distances = np.sort(np.linalg.norm(own[:, None] - own, axis=-1), 1)
         ax.text(*own[distances[:, :10].mean(1).argmin()], str(label), fontsize=13, weight="bold", ha="center", va="center",
                 bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
-    handles = [
-        plt.Line2D([], [], color="0.3", marker=marker, linestyle="", markerfacecolor="none", label=titles[name])
-        for name, marker in zip(points, MARKERS, strict=False)
-    ]
-    ax.legend(handles=handles, fontsize="small", ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
+    ax.legend(fontsize="small", ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
     ax.set(xticks=[], yticks=[], title=title)
     return figure
 
@@ -102,14 +93,12 @@ RIGHT, WRONG, SWAPPED = "black", "#c1121f", "#0353a4"
 
 def retrieved_captions(lines: Sequence[tuple[np.ndarray, Sequence[tuple[str, bool]]]]) -> Figure:
     """Fig. 6: a line per query image (H, W, 3) with its nearest captions and whether each has the image's class."""
-    columns = len(lines[0][1])
-    figure, axes = plt.subplots(len(lines), columns + 1, figsize=(2.3 * (columns + 1), 1.9 * len(lines)), squeeze=False)
+    figure, axes = _ranked(lines, 2.3, 1.9)
     for row, (image, captions) in zip(axes, lines):
         row[0].imshow(image)
         for ax, (caption, right) in zip(row[1:], captions):
             text = textwrap.fill(caption, 26) + ("" if right else "\n(wrong class)")
             ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, color=RIGHT if right else WRONG)
-    _headings(axes, columns)
     return figure
 
 
@@ -118,49 +107,46 @@ def retrieved_images(lines: Sequence[tuple[str, Sequence[tuple[np.ndarray, bool 
 
     Words in [brackets] are drawn blue, without the brackets (Fig. 8's swaps).
     """
-    columns = len(lines[0][1])
-    ratios = {"width_ratios": [2.0] + [1.0] * columns}
-    figure, axes = plt.subplots(
-        len(lines), columns + 1, figsize=(1.7 * (columns + 2), 1.8 * len(lines)), squeeze=False, gridspec_kw=ratios
-    )
+    figure, axes = _ranked(lines, 1.7, 1.8, query=2.0)
     for row, (caption, images) in zip(axes, lines):
         _coloured_text(row[0], caption)
         for ax, (image, right) in zip(row[1:], images):
             ax.imshow(image)
             if right is False:
-                frame = plt.Rectangle(
-                    (0, 0), 1, 1, transform=ax.transAxes, fill=False, ec=WRONG, lw=4, ls="--", clip_on=False
-                )
-                ax.add_patch(frame)
-    _headings(axes, columns)
+                frame = {"fill": False, "ec": WRONG, "lw": 4, "ls": "--", "clip_on": False}
+                ax.add_patch(plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, **frame))
     return figure
 
 
-def _headings(axes: np.ndarray, columns: int) -> None:
+def _ranked(lines: Sequence[tuple], width: float, height: float, query: float = 1.0) -> tuple[Figure, np.ndarray]:
+    """Empty axes, a row per line, headed by rank; width, height in inches, the first column `query` times as wide."""
+    n = len(lines[0][1])
+    size, ratios = (width * (n + query), height * len(lines)), [query] + [1.0] * n
+    figure, axes = plt.subplots(len(lines), n + 1, figsize=size, squeeze=False, width_ratios=ratios)
     for ax in axes.flat:
         ax.axis("off")
         ax.set_anchor("N")
-    for ax, title in zip(axes[0], ["Query", *(f"Rank {i + 1}" for i in range(columns))]):
-        ax.set_title(title, fontsize=9)
+    for rank, ax in enumerate(axes[0]):
+        ax.set_title(f"Rank {rank}" if rank else "Query", fontsize=9)
+    return figure, axes
 
 
-def _coloured_text(ax, caption: str, width: int = 30, size: float = 8) -> None:
+def _coloured_text(ax, caption: str) -> None:
     """Wrapped text, left aligned, with the words in [brackets] blue; monospaced, so that words can be placed one by one."""
-    swapped, words = False, []
+    lines: list[list[tuple[str, bool]]] = [[]]  # words, and whether each is swapped
+    swapped = False
     for word in caption.split():
         swapped = swapped or word.startswith("[")
-        words.append((word.strip("[]"), swapped))
-        swapped = swapped and not word.endswith("]")
-    lines: list[list[tuple[str, bool]]] = [[]]
-    for entry in words:
-        if sum(len(w) + 1 for w, _ in lines[-1]) + len(entry[0]) > width:
+        bare = word.strip("[]")
+        if sum(len(w) + 1 for w, _ in lines[-1]) + len(bare) > 30:
             lines.append([])
-        lines[-1].append(entry)
+        lines[-1].append((bare, swapped))
+        swapped = swapped and not word.endswith("]")
     for i, line in enumerate(lines):
+        y = 0.5 + 0.11 * (len(lines) / 2 - i)
         for colour, chosen in ((RIGHT, False), (SWAPPED, True)):
             text = " ".join(w if blue is chosen else " " * len(w) for w, blue in line)
-            y = 0.5 + 0.11 * (len(lines) / 2 - i)
-            ax.text(0, y, text, family="monospace", fontsize=size, color=colour, transform=ax.transAxes, va="top")
+            ax.text(0, y, text, family="monospace", fontsize=8, color=colour, transform=ax.transAxes, va="top")
 
 
 def bars_beside_paper(table: pd.DataFrame, measures: Sequence[str], chance: float) -> Figure:

@@ -1,6 +1,7 @@
 """Encoders, decoders and judges: DMVAE's own as its authors released them, the others as their first lines say.
 
-Every encoder returns (B, 2 * private_dim + 2 * shared_dim) statistics, every decoder takes [private, shared].
+Every encoder returns (B, 2 * private_dim + 2 * shared_dim) statistics, mean and log-variance of the private part, then
+of the shared one; every decoder takes [private, shared].
 `width` scales the hidden layers: 1 is the published network, the `quick` profile uses less. `how` is how the weights
 start, as `initialise` takes it. Sources: "the release" is github.com/seqam-lab/DMVAE (mnist_svhn/model.py,
 mnist_svhn/classifier.py, util.py), MMVAE's is github.com/iffsid/mmvae (src/models/vae_{mnist,svhn}.py).
@@ -42,18 +43,13 @@ def initialise(network: nn.Module, how: str) -> nn.Module:
     return network
 
 
-def statistics_dim(private_dim: int, shared_dim: int) -> int:
-    """Mean and log-variance of the private part, then of the shared part."""
-    return 2 * (private_dim + shared_dim)
-
-
 # --- MNIST and SVHN (Sec. 5.1) --------------------------------------------------------------------------------------
 
 
 def mnist_encoder(private_dim: int, shared_dim: int, hidden: int = 256, how: str = "release") -> nn.Module:
     """(B, 1, 28, 28) -> 784 -> hidden ReLU -> statistics (release, EncoderA; MMVAE's is the same with 400 hidden)."""
-    layers = [nn.Flatten(), nn.Linear(784, hidden), nn.ReLU()]
-    return initialise(nn.Sequential(*layers, nn.Linear(hidden, statistics_dim(private_dim, shared_dim))), how)
+    layers = [nn.Flatten(), nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 2 * (private_dim + shared_dim))]
+    return initialise(nn.Sequential(*layers), how)
 
 
 def mnist_decoder(private_dim: int, shared_dim: int, hidden: int = 256, how: str = "release") -> nn.Module:
@@ -70,13 +66,12 @@ def svhn_encoder(private_dim: int, shared_dim: int, width: float = 1.0, how: str
 
     The release's EncoderB, ReLU after every layer but the last.
     """
-    channels = [3, *(round(width * c) for c in (32, 64, 128, 256))]
+    *channels, hidden = (round(width * size) for size in (32, 64, 128, 256, 512))
     layers: list[nn.Module] = []
-    for i, o in pairwise(channels):
+    for i, o in pairwise([3, *channels]):
         layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.ReLU()]
-    hidden = round(width * 512)
     layers += [nn.Flatten(), nn.Linear(4 * channels[-1], hidden), nn.ReLU(), nn.Dropout(0.1)]
-    layers += [nn.Linear(hidden, statistics_dim(private_dim, shared_dim))]
+    layers += [nn.Linear(hidden, 2 * (private_dim + shared_dim))]
     return initialise(nn.Sequential(*layers), how).to(memory_format=torch.channels_last)
 
 
@@ -86,8 +81,7 @@ def svhn_decoder(private_dim: int, shared_dim: int, width: float = 1.0, how: str
     The release's DecoderB, ReLU between the layers; its sigmoid belongs to the likelihood here.
     """
     channels = [*(round(width * c) for c in (256, 128, 64, 32)), 3]
-    layers: list[nn.Module] = [nn.Linear(private_dim + shared_dim, 4 * channels[0])]
-    layers += [nn.ReLU(), nn.Unflatten(1, (channels[0], 2, 2))]
+    layers = [nn.Linear(private_dim + shared_dim, 4 * channels[0]), nn.ReLU(), nn.Unflatten(1, (channels[0], 2, 2))]
     for i, o in pairwise(channels):
         layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.ReLU()]
     return initialise(nn.Sequential(*layers[:-1]), how).to(memory_format=torch.channels_last)
@@ -145,8 +139,8 @@ class JointEncoder(nn.Module):
     ):
         super().__init__()
         self.features = nn.ModuleDict(features)
-        layers = [nn.ReLU(), nn.Linear(features_dim, hidden), nn.ReLU()]
-        self.head = initialise(nn.Sequential(*layers, nn.Linear(hidden, statistics_dim(0, shared_dim))), how)
+        layers = [nn.ReLU(), nn.Linear(features_dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * shared_dim)]
+        self.head = initialise(nn.Sequential(*layers), how)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self.head(torch.cat([features(batch[name]) for name, features in self.features.items()], -1))
@@ -157,7 +151,7 @@ class JointEncoder(nn.Module):
 
 def feature_encoder(features_dim: int, private_dim: int = 3, shared_dim: int = 64, how: str = "release") -> nn.Module:
     """(B, features_dim) -> statistics, linear: the paper's encoder of images and of captions' features (Sec. 5.2)."""
-    return initialise(nn.Linear(features_dim, statistics_dim(private_dim, shared_dim)), how)
+    return initialise(nn.Linear(features_dim, 2 * (private_dim + shared_dim)), how)
 
 
 def feature_decoder(
@@ -175,15 +169,12 @@ def trim(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
     if tokens.dim() != 3:
         raise DMVAEError(f"captions of shape {tuple(tokens.shape)}; expected token embeddings (B, T, D).")
-    present = (tokens != 0).any(-1)
-    lengths = (present * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)).amax(1)
-    shortest, longest = (int(length) for length in lengths.aminmax())
-    if shortest == 0:
-        raise DMVAEError(
-            f"{int((lengths == 0).sum())} captions have no token: all their embeddings are zero. Leave them out."
-        )
-    steps = torch.arange(longest, device=tokens.device)
-    return tokens[:, :longest], steps < lengths[:, None]
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    lengths = ((tokens != 0).any(-1) * (steps + 1)).amax(1)
+    if empty := int((lengths == 0).sum()):
+        raise DMVAEError(f"{empty} captions have no token: all their embeddings are zero. Leave them out.")
+    longest = int(lengths.max())
+    return tokens[:, :longest], steps[:longest] < lengths[:, None]
 
 
 class TextFeatures(nn.Module):

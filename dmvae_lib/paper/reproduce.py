@@ -27,12 +27,12 @@ from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.rows.digits import CLASSIFIERS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
 from dmvae_lib.paper.rows.flowers import TABLE2
-from dmvae_lib.paper.runs import Run, Setting, project_folder, setting, train_all
+from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
 from dmvae_lib.paper.tables import keeps, table, write_pages
+from dmvae_lib.paper.workers import train_all
 
 DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell
 TABLES = {"Table 1": TABLE1 | RELATED, "Table 2": TABLE2, "Table 3": TABLE3 | {RELEASE.title: RELEASE}}
-KERNEL = "python3"
 AT_ONCE = 2  # notebooks: while one draws or waits for a run's lock, another computes
 
 
@@ -75,9 +75,8 @@ def execute_all(place: Setting) -> None:
     remove_leftovers(executed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // AT_ONCE)))  # of each kernel
     with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(notebooks()), desc="notebooks", unit="notebook") as bar:
-        waiting = {  # the last ones train models of their own: first what takes long
-            pool.submit(execute, path, executed / path.name, parameters): path.stem for path in reversed(notebooks())
-        }
+        longest_first = reversed(notebooks())  # the last ones train models of their own
+        waiting = {pool.submit(execute, path, executed / path.name, parameters): path.stem for path in longest_first}
         try:
             for done in as_completed(waiting):
                 bar.set_postfix_str(waiting[done])
@@ -92,36 +91,23 @@ def execute_all(place: Setting) -> None:
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Executes a notebook by papermill and puts the result at `target` when it is whole and free of errors."""
+    """Executes a notebook by papermill and puts the result at `target` when it is whole and free of errors.
+
+    What says when, where and how fast it ran (timings, paths, progress bars) is removed: the ledger has the facts.
+    """
+    widget = "application/vnd.jupyter.widget-view+json"
     with atomic_write(target) as temporary:
-        papermill.execute_notebook(
-            source,
-            temporary,
-            parameters,
-            kernel_name=KERNEL,
-            cwd=project_folder(),
-            progress_bar=False,
-            extra_arguments=["--log-level=ERROR"],
-        )
+        how = {"kernel_name": "python3", "cwd": project_folder(), "extra_arguments": ["--log-level=ERROR"]}
+        papermill.execute_notebook(source, temporary, parameters, progress_bar=False, **how)
         notebook = nbformat.read(temporary, as_version=4)
-        _tidy(notebook)
+        for part in (notebook, *notebook.cells):
+            for key in ("papermill", "widgets", "execution"):
+                part.metadata.pop(key, None)
+            if "outputs" in part:
+                shown = [output for output in part.outputs if output.get("name") != "stderr"]
+                part.outputs = [output for output in shown if widget not in output.get("data", {})]
+        CoalesceStreamsPreprocessor().preprocess(notebook, {})  # where a stream was flushed depends on the clock
         nbformat.write(notebook, temporary)
-
-
-def _tidy(notebook: nbformat.NotebookNode) -> None:
-    """Removes what says when, where and how fast a notebook ran: timings, paths, progress bars; the ledger has the facts."""
-    for key in ("papermill", "widgets"):
-        notebook.metadata.pop(key, None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # where a stream was flushed depends on the clock
-
-
-def _is_progress(output: nbformat.NotebookNode) -> bool:
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {}) or output.get("name") == "stderr"
 
 
 def prepare(folder: Path) -> None:
@@ -153,12 +139,11 @@ def compare_with_committed(place: Setting) -> str:
     with atomic_write(path) as temporary:
         cells.to_csv(temporary, float_format="%.4f")
     judged = cells[cells["agrees"] != "–"]
-    outside = judged[judged["agrees"] == "no"]
     return (
-        f"{cells.to_string(float_format='%.1f', na_rep='–')}\n\n{len(judged) - len(outside)} of {len(judged)} cells agree with "
-        "the committed numbers: |here - committed| <= 2 sd √(1/n + 1/m), n committed seeds with standard deviation sd, m here.\n"
-        f"Of as many seeds of one machine, some {judged['by chance'].sum():.0f} would lie outside by chance. "
-        f"The table is kept in {os.path.relpath(path)}."
+        f"{cells.to_string(float_format='%.1f', na_rep='–')}\n\n{(judged['agrees'] == 'yes').sum()} of {len(judged)} cells agree "
+        "with the committed numbers: |here - committed| <= 2 sd √(1/n + 1/m), n committed seeds with standard deviation sd, m "
+        f"here.\nOf as many seeds of one machine, some {judged['by chance'].sum():.0f} would lie outside by chance. The table is "
+        f"kept in {os.path.relpath(path)}."
     )
 
 
@@ -192,10 +177,9 @@ def comparison(place: Setting) -> tuple[pd.DataFrame | None, str]:
     cells["difference"] = cells["here"] - cells["committed"]
     allowed = 2 * cells["sd"] * (1 / cells["n"] + 1 / cells["m"]) ** 0.5
     cells["agrees"] = (cells["difference"].abs() <= allowed + 1e-9).map({True: "yes", False: "no"})
-    cells.loc[cells["difference"].isna() | cells["sd"].isna(), "agrees"] = "–"
-    for name in TABLES:
-        if then[name].attrs["data"] != now[name].attrs["data"]:
-            cells.loc[cells.index.get_level_values("table") == name, "agrees"] = "–"
+    other_data = [name for name in TABLES if then[name].attrs["data"] != now[name].attrs["data"]]
+    unjudged = cells["difference"].isna() | cells["sd"].isna() | cells.index.get_level_values("table").isin(other_data)
+    cells.loc[unjudged, "agrees"] = "–"
     cells["by chance"] = 2 * student.sf(2, (cells["n"] - 1).clip(lower=1))
     return cells, ""
 
@@ -207,15 +191,9 @@ def main() -> None:
     parser.add_argument("--seeds", default=1, type=int, help="how many seeds: 0, 1, …")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--data", default="data", help="folder of the data files")
-    parser.add_argument(
-        "--scheduler",
-        default="auto",
-        type=lambda word: None if word == "none" else word,
-        help="who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto",
-    )
-    parser.add_argument(
-        "--in-place", action="store_true", help="profile quick, then put the executed notebooks into notebooks/"
-    )
+    who = "who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto"
+    parser.add_argument("--scheduler", default="auto", help=who)
+    parser.add_argument("--in-place", action="store_true", help="profile quick; executed notebooks go into notebooks/")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -228,7 +206,8 @@ def main() -> None:
                 with atomic_write(source) as temporary:
                     shutil.copyfile(place.results / "notebooks" / source.name, temporary)
         else:
-            reproduce(setting(options.profile, options.seeds, options.device, options.data), options.scheduler)
+            place = setting(options.profile, options.seeds, options.device, options.data)
+            reproduce(place, None if options.scheduler == "none" else options.scheduler)
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

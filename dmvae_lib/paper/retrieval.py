@@ -41,19 +41,18 @@ def evaluate_retrieval(model: nn.Module, data: PairedData, k: int = 50) -> dict[
     recognising = retrieving = similarity
     if hasattr(model, "match"):
         scores = pair_scores(model, data, classes)
-        recognising = rerank(similarity, scores, min(CLASS_HITS, len(classes)), dim=1)
-        retrieving = rerank(similarity, scores, min(2 * k, len(labels)), dim=0)
+        recognising = rerank(similarity, scores, CLASS_HITS, dim=1)
+        retrieving = rerank(similarity, scores, 2 * k, dim=0)
     hits = recognised(recognising, labels, classes).double()
     precision = precision_at_k(retrieving, labels, classes, k)
     images = (labels[:, None] == classes).double()  # (M, C)
     count, correct = images.sum(0), hits @ images
-    ap = f"ap{k}"
-    table = zip(classes.tolist(), count.long().tolist(), (correct / count).tolist(), precision.tolist())
+    by_class = zip(classes.tolist(), count.long().tolist(), (correct / count).tolist(), precision.tolist())
     return {
-        "scores": {"rank1": hits.mean().item(), ap: precision.mean().item()},
+        "scores": {"rank1": hits.mean().item(), f"ap{k}": precision.mean().item()},
         "rank1_interval": class_bootstrap(correct, count),
-        f"{ap}_interval": class_bootstrap(precision, torch.ones_like(precision)),
-        "per_class": [dict(zip(("class", "images", "rank1", ap), row)) for row in table],
+        f"ap{k}_interval": class_bootstrap(precision, torch.ones_like(precision)),
+        "per_class": [dict(zip(("class", "images", "rank1", f"ap{k}"), values)) for values in by_class],
     }
 
 
@@ -86,7 +85,7 @@ def pair_scores(model: nn.Module, data: PairedData, classes: Tensor, batch_size:
 
 def rerank(similarity: Tensor, scores: Tensor, hits: int, dim: int) -> Tensor:
     """similarity (M, C) with the `hits` most similar along `dim` put before all others, in the order of `scores`."""
-    top = similarity.topk(hits, dim).indices
+    top = similarity.topk(min(hits, similarity.shape[dim]), dim).indices
     ahead = similarity.max() + 1 + scores.double().gather(dim, top)
     return similarity.double().scatter(dim, top, ahead)
 

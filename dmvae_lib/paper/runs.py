@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -20,7 +19,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load, save
 from torch import nn
-from tqdm.auto import tqdm
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import (
@@ -270,32 +268,6 @@ def _curve(history: pd.DataFrame, scores: dict[str, float], most: int = 25) -> d
     return {"updates": shown.index.tolist()} | {
         name: [float(f"{value:.6g}") for value in values] for name, values in shown.items()
     }
-
-
-def train_all(runs: Sequence[Run], scheduler: str | None = None) -> None:
-    """Trains the runs, of one setting, that are not here yet, in their order: give those first that judge others.
-
-    scheduler: None: in this process; else by Dask's workers (`dmvae_lib.paper.workers`): "auto" (as many of this machine
-        as make sense), "local:4", or a scheduler's address, "tcp://host:8786". A run that fails does not keep the
-    others from being trained. Raises DMVAEError, in the end, that names every failure by row and seed.
-    """
-    from dmvae_lib.paper import workers
-
-    runs = list({(run.row.name, run.seed): run for run in runs}.values())
-    if scheduler == "auto" and runs:
-        scheduler = workers.of_this_machine(runs[0].setting)
-    if scheduler:
-        return workers.train(runs, scheduler)
-    failures = []
-    with tqdm(runs, desc="runs", unit="run", leave=False, disable=len(runs) == 1) as bar:
-        for run in bar:
-            bar.set_postfix_str(str(run))
-            try:
-                replace(run).train()  # a copy, so that no model stays in memory
-            except (DMVAEError, RuntimeError) as error:  # torch's own say when memory is full
-                failures.append(f"{run}: {error}")
-    if failures:
-        raise DMVAEError(f"{len(failures)} of {len(runs)} runs failed:\n" + "\n".join(failures))
 
 
 # --- where an entry was made ------------------------------------------------------------------------------------------

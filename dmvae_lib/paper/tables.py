@@ -23,6 +23,7 @@ REPAIR = "Take the committed one back by `git checkout`, or delete it and run `m
 OWN_FIGURES = re.compile("fig[45][a-z]?|fig[678]")  # the paper's: as PDFs too, for those who cite them
 BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
 MARK = "Made before the present code and initialisation; to be replaced"
+Percents = Mapping[str, Mapping[str, float]]  # the paper's: {row: {measure: percent}}
 
 # --- the ledger, and tables of it -------------------------------------------------------------------------------------
 
@@ -52,25 +53,22 @@ def keeps(setting: Setting) -> bool:
 
 
 def table(
-    rows: Mapping[str, Row],
-    setting: Setting,
-    paper: Mapping[str, Mapping[str, float]] | None = None,
-    seeds: Collection[int] | None = None,
+    rows: Mapping[str, Row], setting: Setting, paper: Percents | None = None, seeds: Collection[int] | None = None
 ) -> pd.DataFrame:
     """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
 
-    rows: {title: Row}; a row without such an entry stands there with missing numbers. It trains nothing. The ledger's
-    files that it is made of are `.attrs["runs"]`. Raises DMVAEError for entries on other test data than their
-    neighbours', and as `ledger` does; their fingerprints are `.attrs["data"]`.
+    rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
+    the ledger's files in the table, "runs", and the test data's fingerprints, "data". Raises DMVAEError for entries on
+    other test data than their neighbours', and as `ledger` does.
     """
-    entries, used = ledger(setting), []
+    entries = ledger(setting)
     tested: dict[str, tuple[str, str]] = {}
     values: dict[str, list] = {title: [] for title in rows}
+    used: dict[str, None] = {}  # a set in order
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
-            if name != row.name or (seeds is not None and seed not in seeds):
-                continue
-            if entry["config"] != row.config(setting.profile, seed):
+            asked = name == row.name and (seeds is None or seed in seeds)
+            if not asked or entry["config"] != row.config(setting.profile, seed):
                 continue
             file, data = f"{name}-{seed}.json", entry["data"]["test"]
             other, expected = tested.setdefault(row.data.name, (file, data))
@@ -80,18 +78,16 @@ def table(
                     f"one table needs one. `make reproduce` with SEEDS={seed + 1} or more makes them anew on this data."
                 )
             values[title].append(entry["scores"])
-            used.append(file)
+            used[file] = None
     made = compare(values, paper or {})
-    made.attrs |= {"runs": list(dict.fromkeys(used)), "data": {name: data for name, (_, data) in tested.items()}}
+    made.attrs |= {"runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
     return made
 
 
-def compare(
-    values: Mapping[str, Sequence[Mapping[str, float]]], paper: Mapping[str, Mapping[str, float]]
-) -> pd.DataFrame:
+def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Percents) -> pd.DataFrame:
     """Long table of measured shares beside the paper's percentages.
 
-    values: {row: [{measure: share in [0, 1]} for every seed]}; paper: {row: {measure: percent}}, rows may be absent.
+    values: {row: [{measure: share in [0, 1]} for every seed]}; paper: rows may be absent.
     Columns, in percent: mean, sd (over seeds; missing with one), seeds, paper, difference (mean - paper), and each
     seed's own number, as text. A row without seeds has the others' measures, with missing numbers.
     """
@@ -112,7 +108,6 @@ def compare(
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """`compare`'s table as people read it: a line per row, for each measure ours (mean ± sd), the paper's, the difference."""
-
     columns = {
         "ours": [_text(mean) + ("" if pd.isna(sd) else f" ± {sd:.1f}") for mean, sd in zip(table["mean"], table["sd"])],
         "paper": [_text(percent, "g") for percent in table["paper"]],
@@ -183,7 +178,7 @@ class Results:
             latex = latex.replace(character, command)
         markdown = f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n"
         texts = {"csv": table.to_csv(float_format="%.4f"), "md": markdown, "tex": latex}
-        self._keep(name, caption, [*table.attrs.get("runs", ()), *runs], _writers(texts))
+        self._keep(name, caption, [*table.attrs.get("runs", ()), *runs], texts)
         return shown
 
     def frame(self, name: str, frame: pd.DataFrame, caption: str, runs: Iterable[Run | str] = ()) -> pd.DataFrame:
@@ -191,7 +186,7 @@ class Results:
         caption = f"{caption} Profile {self.setting.profile.name}."
         flat = frame.reset_index() if frame.index.nlevels > 1 else frame  # tabulate writes a MultiIndex as tuples
         shown = flat.to_markdown(index=flat is frame, disable_numparse=True)
-        self._keep(name, caption, runs, _writers({"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"}))
+        self._keep(name, caption, runs, {"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"})
         return frame
 
     def figure(self, name: str, figure: Figure, caption: str, runs: Iterable[Run | str] = (), dpi: int = 150) -> Figure:
@@ -203,30 +198,30 @@ class Results:
         self._keep(name, caption, runs, writers)
         return figure
 
-    def _keep(self, name: str, caption: str, runs: Iterable[Run | str], writers: Mapping[str, Callable]) -> None:
+    def _keep(self, name: str, caption: str, runs: Iterable[Run | str], contents: Mapping[str, str | Callable]) -> None:
+        """contents: {suffix: a text, or what writes to a path}."""
         if not keeps(self.setting):
             return
         folder = self.setting.results
         made_by = self.notebook if "/" in self.notebook else f"notebooks/{self.notebook}.ipynb"
         with locked(folder.parent, "writing results"):
             remove_leftovers(folder)
-            for suffix, write in writers.items():
+            for suffix, content in contents.items():
                 with atomic_write(folder / f"{name}.{suffix}") as temporary:
-                    write(temporary)
-            files = {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in writers}
+                    if isinstance(content, str):
+                        temporary.write_text(content, "utf-8")
+                    else:
+                        content(temporary)
+            files = {f"{name}.{suffix}": sha256(folder / f"{name}.{suffix}") for suffix in contents}
             used = list(dict.fromkeys(run if isinstance(run, str) else run.entry_path.name for run in runs))
-            made = {"commit": commit(), "dmvae_lib": version("dmvae_lib")}
-            made["finished"] = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+            finished = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+            made = {"commit": commit(), "dmvae_lib": version("dmvae_lib"), "finished": finished}
             entry = {"caption": caption, "notebook": made_by, "files": files, "runs": used, "made": made}
             manifest = read_json(folder / "manifest.json", REPAIR) if (folder / "manifest.json").exists() else {}
             for former in manifest.get(name, {"files": {}})["files"].keys() - files.keys():
                 (folder / former).unlink(missing_ok=True)
             write_json(folder / "manifest.json", dict(sorted((manifest | {name: entry}).items())))
             write_pages(folder.parent)
-
-
-def _writers(texts: Mapping[str, str]) -> dict[str, Callable]:
-    return {suffix: lambda path, text=text: path.write_text(text, "utf-8") for suffix, text in texts.items()}
 
 
 # --- the pages on them ------------------------------------------------------------------------------------------------
@@ -237,12 +232,12 @@ def write_pages(results: Path) -> None:
     with atomic_write(results / "README.md") as temporary:
         temporary.write_text(index(results), "utf-8")
     if (readme := results.parent / "README.md").exists():
-        text = readme.read_text("utf-8")
-        if BEGIN not in text or END not in text:
+        before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not end:
             raise DMVAEError(f"{readme} lacks the marks {BEGIN!r} and {END!r}; put them back where the tables belong.")
         with atomic_write(readme) as temporary:
-            between = f"{BEGIN}\n\n{readme_tables(results)}\n"
-            temporary.write_text(text[: text.index(BEGIN)] + between + text[text.index(END) :], "utf-8")
+            temporary.write_text(f"{before}{begin}\n\n{readme_tables(results)}\n{end}{after}", "utf-8")
 
 
 def _manifests(results: Path) -> dict[str, dict]:
@@ -286,30 +281,23 @@ def index(results: Path) -> str:
             lines += [f"**{MARK}**: {'all of it' if len(old) == len(manifest) else ', '.join(old)}.", ""]
         lines += ["| artefact | what it shows | files, SHA-256 | made by, from runs (seeds) |", "|---|---|---|---|"]
         for name, entry in manifest.items():
-            files = [
-                f"[{Path(file).suffix[1:]}]({profile}/{file}) [`{digest[:12]}`]({profile}/manifest.json)"
-                + ("" if _is(folder / file, digest) else " **changed since**")
-                for file, digest in entry["files"].items()
-            ]
+            files = ""
+            for file, digest in entry["files"].items():
+                files += f"[{Path(file).suffix[1:]}]({profile}/{file}) [`{digest[:12]}`]({profile}/manifest.json) "
+                files += "" if _is(folder / file, digest) else "**changed since** "
             by, short = Path(entry["notebook"]), entry["caption"].split(". ")[0].replace("|", r"\|")
-            source = [by.stem if _old(entry) else f"[{by.stem}](../{by})", *_runs(entry, profile)]
+            sources = {"": by.stem if _old(entry) else f"[{by.stem}](../{by})"}
+            for run in [] if _old(entry) else entry["runs"]:  # for each row its name, and every seed as a link
+                row, _, seed = run.removesuffix(".json").rpartition("-")
+                sources[row] = sources.get(row, row) + f" [{seed}]({profile}/runs/{run})"
             shown = f"{name}.md" if f"{name}.md" in entry["files"] else next(iter(entry["files"]))
-            lines.append(f"| [{name}]({profile}/{shown}) | {short} | {' '.join(files)} | {'; '.join(source)} |")
+            lines.append(f"| [{name}]({profile}/{shown}) | {short} | {files}| {'; '.join(sources.values())} |")
         for name, entry in manifest.items():
             text = folder / f"{name}.md"
             if f"{name}.tex" in entry["files"] and text.exists():  # beside the paper's numbers: these are shown
                 lines += ["", text.read_text("utf-8").rstrip()]
         lines.append("")
     return "\n".join(lines)
-
-
-def _runs(entry: Mapping, profile: str) -> list[str]:
-    """For each row "name 0 1 2", every seed a link to its file in the ledger."""
-    rows: dict[str, str] = {}
-    for file in [] if _old(entry) else entry["runs"]:
-        row, _, seed = file.removesuffix(".json").rpartition("-")
-        rows[row] = rows.get(row, row) + f" [{seed}]({profile}/runs/{file})"
-    return list(rows.values())
 
 
 def _is(path: Path, digest: str) -> bool:
@@ -321,12 +309,11 @@ def readme_tables(results: Path, tables: Sequence[str] = ("table1", "table2", "t
 
     A csv that is not the one in the manifest is not shown.
     """
-    manifests = dict(reversed(_manifests(results).items()))
     found = []
     for name in tables:
         title, notes, rows = "", [], None
         columns: dict[str, dict[str, pd.Series]] = {}
-        for profile, manifest in manifests.items():
+        for profile, manifest in reversed(_manifests(results).items()):
             path = results / profile / f"{name}.csv"
             if name not in manifest or not _is(path, manifest[name]["files"][path.name]):
                 continue

@@ -1,4 +1,4 @@
-"""Runs on many processors: Dask's workers, on this machine or a cluster, train what `train_all` would train here."""
+"""Many runs: one after the other in this process, or by Dask's workers, on this machine or a cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from importlib.metadata import version
 from unittest.mock import patch
 
@@ -18,6 +19,30 @@ from dmvae_lib.paper.runs import PACKAGES, Run, Setting
 from dmvae_lib.training import resolve_device
 
 CONNECT_SECONDS = 8.0
+
+
+def train_all(runs: Sequence[Run], scheduler: str | None = None) -> None:
+    """Trains the runs, of one setting, that are not here yet, in their order: give those first that judge others.
+
+    scheduler: None: in this process; else by Dask's workers: "auto" (as many of this machine
+        as make sense), "local:4", or a scheduler's address, "tcp://host:8786". A run that fails does not keep the
+    others from being trained. Raises DMVAEError, in the end, that names every failure by row and seed.
+    """
+    runs = list({(run.row.name, run.seed): run for run in runs}.values())
+    if scheduler == "auto" and runs:
+        scheduler = of_this_machine(runs[0].setting)
+    if scheduler:
+        return train(runs, scheduler)
+    failures = []
+    with tqdm(runs, desc="runs", unit="run", leave=False, disable=len(runs) == 1) as bar:
+        for run in bar:
+            bar.set_postfix_str(str(run))
+            try:
+                replace(run).train()  # a copy, so that no model stays in memory
+            except (DMVAEError, RuntimeError) as error:  # torch's own say when memory is full
+                failures.append(f"{run}: {error}")
+    if failures:
+        raise DMVAEError(f"{len(failures)} of {len(runs)} runs failed:\n" + "\n".join(failures))
 
 
 def of_this_machine(setting: Setting) -> str | None:
@@ -50,7 +75,7 @@ def connect(scheduler: str):
             return Client(scheduler, timeout=CONNECT_SECONDS)
         if int(number) < 1:
             raise ValueError(f"{number} processes")
-        # A core each, and no progress bars that would cover the one here; only so early do they reach torch and tqdm.
+        # A core each, unless the environment says more, and no bars that would cover the one here; so early for torch.
         with dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}}):
             return Client(n_workers=int(number), threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0")
     except (OSError, ValueError) as error:
@@ -111,7 +136,7 @@ def train(runs: Sequence[Run], scheduler: str) -> None:
                         failures.append(_failure(run, future.exception()))
                         bar.write(failures[-1])
                     bar.update()
-                time.sleep(0.5)
+                time.sleep(1)
         except (OSError, CancelledError) as error:
             raise DMVAEError(
                 f"the scheduler at {scheduler} is lost, {len(submitted)} of {len(runs)} runs are not finished; start it "

@@ -39,10 +39,9 @@ SUBSET = {  # the first 10,000 SVHN test images and their labels, both uint8: sh
     "X": ((10_000, 32, 32, 3), "baa33556c0a057545047bfaa3001ef5f"),
     "y": ((10_000,), "88d7c15c2511f0cce9b7b3513f350cf7"),
 }
-SUBSET_TRAIN = 8_000  # by index: neighbours are crops of one house number, a random split would leak
 
 Labelled: TypeAlias = tuple[Tensor, Tensor]  # uint8 images (N, C, H, W) and int64 labels (N,)
-Parts: TypeAlias = tuple[dict[str, Labelled], dict[str, Labelled]]  # of each modality, to train on and to test on
+Parts: TypeAlias = tuple[Labelled, Labelled]  # to train on and to test on
 
 
 def load(
@@ -65,25 +64,22 @@ def load(
     Raises DMVAEError for an unknown source or evaluation and for files that are missing or damaged; no source stands
     in for another.
     """
-    loaders: dict[str, Callable[[Path], Parts]] = {"embedded": _embedded, "subset": _subset, "full": _full}
-    for what, value, known in (("source", source, loaders), ("evaluation", evaluation, EVALUATIONS)):
+    for what, value, known in (("source", source, TITLES), ("evaluation", evaluation, EVALUATIONS)):
         if value not in known:
             raise DMVAEError(f"digits: unknown {what} {value!r}; expected one of {', '.join(known)}.")
-    train, test = loaders[source](Path(root))
+    whole = _read(source, Path(root))
     if evaluation == "validation":
         # The versions of one embedded digit stay together: none may be trained on and another evaluated.
         together = VERSIONS if source == "embedded" else 1
-        whole, train, test = train, {}, {}
-        for name, (images, labels) in whole.items():
-            kept = len(labels) - len(labels) // 10
-            kept += -kept % together
-            train[name], test[name] = (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
+        for name, (train, _) in whole.items():
+            kept = len(train[1]) - len(train[1]) // 10
+            whole[name] = _cut(train, kept + -kept % together)
 
-    def paired(part: dict[str, Labelled]) -> PairedData:
-        images, labels = ({name: values[i] for name, values in part.items()} for i in (0, 1))
+    def paired(part: int) -> PairedData:
+        images, labels = ({name: parts[part][i] for name, parts in whole.items()} for i in (0, 1))
         return PairedData.pair(images, labels, permutations)
 
-    return Splits(paired(train), paired(test), dict(TITLES[source]), source)
+    return Splits(paired(0), paired(1), dict(TITLES[source]), source)
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -95,18 +91,16 @@ def build_networks(
     """Encoder and decoder of one modality, as `DataSet` describes them. Raises DMVAEError for an unknown name."""
     dims = private_dim, shared_dim
     match family, modality:
-        case "dmvae", "mnist":
-            hidden = round(256 * width)
-            return networks.mnist_encoder(*dims, hidden, initialise), networks.mnist_decoder(*dims, hidden, initialise)
+        case (("dmvae" | "mmvae"), "mnist"):
+            sizes = *dims, round((256 if family == "dmvae" else 400) * width), initialise
+            encoder, decoder = networks.mnist_encoder(*sizes), networks.mnist_decoder(*sizes)
+            return encoder, decoder if family == "dmvae" else nn.Sequential(decoder, nn.Sigmoid())
         case "dmvae", "svhn":
             return networks.svhn_encoder(*dims, width, initialise), networks.svhn_decoder(*dims, width, initialise)
-        case "mmvae", "mnist":
-            hidden = round(400 * width)
-            encoder = networks.mnist_encoder(*dims, hidden, initialise)
-            return encoder, nn.Sequential(networks.mnist_decoder(*dims, hidden, initialise), nn.Sigmoid())
         case "mmvae", "svhn":
-            sizes = sum(dims), width, initialise
-            return networks.mmvae_svhn_encoder(*sizes), networks.mmvae_svhn_decoder(*sizes)
+            latent_dim = private_dim + shared_dim
+            encoder = networks.mmvae_svhn_encoder(latent_dim, width, initialise)
+            return encoder, networks.mmvae_svhn_decoder(latent_dim, width, initialise)
     raise DMVAEError(f"digits: no networks {family!r} for {modality!r}; expected dmvae or mmvae, mnist or svhn.")
 
 
@@ -123,8 +117,7 @@ def classifier(modality: str) -> nn.Module:
     """The untrained evaluation classifier of a modality's images. Raises DMVAEError for an unknown modality."""
     if modality not in SHAPES:
         raise DMVAEError(f"digits: unknown modality {modality!r}; expected one of {', '.join(SHAPES)}.")
-    channels, size, _ = SHAPES[modality]
-    return networks.digit_classifier(channels, size)
+    return networks.digit_classifier(*SHAPES[modality][:2])
 
 
 MNIST_SVHN = DataSet(
@@ -132,47 +125,37 @@ MNIST_SVHN = DataSet(
     modalities=("mnist", "svhn"),
     load=load,
     networks=build_networks,
-    weights={  # the release's 50 and 1 for the real data
-        "embedded": {"mnist": 5.0, "svhn": 1.0},
-        "subset": {"mnist": 50.0, "svhn": 1.0},
-        "full": {"mnist": 50.0, "svhn": 1.0},
-    },
+    # The release's 50 and 1 for the real data.
+    weights={source: {"mnist": 5.0 if source == "embedded" else 50.0, "svhn": 1.0} for source in TITLES},
     classifier=classifier,
     joint_encoder=joint_encoder,
 )
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
+# --- sources and files ----------------------------------------------------------------------------------------------
 
 
-def _embedded(root: Path) -> Parts:
-    images, labels, test_images, test_labels = handwritten_digits()
-    return (
-        {"mnist": (images, labels), "svhn": house_numbers(8_000, seed=0)},
-        {"mnist": (test_images, test_labels), "svhn": house_numbers(2_000, seed=1)},
-    )
-
-
-def _subset(root: Path) -> Parts:
-    n, (train, test) = SUBSET_TRAIN, _mnist(root)
-    images, labels = _svhn_subset(root)
-    return {"mnist": train, "svhn": (images[:n], labels[:n])}, {"mnist": test, "svhn": (images[n:], labels[n:])}
-
-
-def _full(root: Path) -> Parts:
+def _read(source: str, root: Path) -> dict[str, Parts]:
+    if source == "embedded":
+        written, drawn = handwritten_digits(), (house_numbers(8_000, seed=0), house_numbers(2_000, seed=1))
+        return {"mnist": (written[:2], written[2:]), "svhn": drawn}
+    if source == "subset":  # cut by index: neighbours are crops of one house number, a random split would leak
+        return {"mnist": _mnist(root), "svhn": _cut(_svhn_subset(root), 8_000)}
     from torchvision.datasets import MNIST, SVHN
 
     _fetch("MNIST", root, [Path("MNIST", "raw", name) for name in MNIST_SHA256], partial(MNIST, download=True))
     for split in ("train", "test"):
         _fetch("SVHN", root / "svhn", [Path(SVHN.split_list[split][1])], partial(SVHN, split=split, download=True))
-    train, test = _mnist(root)
-    return {"mnist": train, "svhn": _svhn(root, "train")}, {"mnist": test, "svhn": _svhn(root, "test")}
+    return {"mnist": _mnist(root), "svhn": (_svhn(root, "train"), _svhn(root, "test"))}
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+def _cut(data: Labelled, n: int) -> Parts:
+    """The first n, and the rest."""
+    images, labels = data
+    return (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
-def _mnist(root: Path) -> tuple[Labelled, Labelled]:
+def _mnist(root: Path) -> Parts:
     """MNIST to train on and to test on from torchvision's layout, root/MNIST/raw, every file verified."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -211,8 +194,7 @@ def _svhn_subset(root: Path) -> Labelled:
                 found = {name: file[name] for name in SUBSET}
         except Exception as error:  # NumPy raises whatever unpacking meets in a damaged file
             raise DMVAEError(
-                f"{path} cannot be read as arrays X and y ({error}): it is truncated or damaged. Delete it and fetch "
-                "it again."
+                f"{path} cannot be read as arrays X and y ({error}): it is damaged. Delete it and fetch it again."
             ) from error
     elif official.is_file():
         path, (images, labels) = official, _svhn(root, "test")

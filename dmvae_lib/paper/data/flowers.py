@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,9 @@ def load_flowers(
     Raises DMVAEError for an unknown source or evaluation, and for images, captions, class lists or weights that are
     missing, damaged, changed, or do not fit together.
     """
-    if source not in NETWORKS:
-        raise DMVAEError(f"load_flowers: unknown source {source!r}; expected one of {', '.join(NETWORKS)}.")
-    if evaluation not in EVALUATIONS:
-        raise DMVAEError(f"load_flowers: unknown evaluation {evaluation!r}; expected one of {', '.join(EVALUATIONS)}.")
+    for what, value, known in (("source", source, NETWORKS), ("evaluation", evaluation, EVALUATIONS)):
+        if value not in known:
+            raise DMVAEError(f"load_flowers: unknown {what} {value!r}; expected one of {', '.join(known)}.")
     flowers = embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
     (backbone, text_model), device = NETWORKS[source], resolve_device(device)
     weights = Path(root, SQUEEZENET) if source == "subset" else None
@@ -105,10 +105,8 @@ def load_flowers(
             index={"image": pairs // CAPTIONS, "text": pairs},
             item_labels={"image": labels, "text": labels.repeat_interleave(CAPTIONS)},
         )
-    facts = {
-        **{"title": TITLES[source], "backbone": backbone, "text_model": text_model},
-        **{"names": flowers.names, "classes": flowers.classes, "captions": captions, "pictures": pictures},
-    }
+    facts = {"title": TITLES[source], "backbone": backbone, "text_model": text_model, "names": flowers.names}
+    facts |= {"classes": flowers.classes, "captions": captions, "pictures": pictures}
     titles = {"image": TITLES[source], "text": f"captions of {TITLES[source]}"}
     return Splits(data["train"], data["test"], titles, source, facts)
 
@@ -161,13 +159,13 @@ def load_oxford(root: str | os.PathLike, download: bool = False) -> Flowers:
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 
+    folder = Path(root, "flowers-102")
     if download:
         try:
             Flowers102(root, download=True)
-        except (OSError, RuntimeError) as error:
-            raise _missing("Oxford-102", Path(root, "flowers-102"), f" and fetching it failed ({error})") from error
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise _missing("Oxford-102", folder, f" and fetching it failed ({error})") from error
     verify_listed(root, UNPUBLISHED)
-    folder = Path(root, "flowers-102")
     name, digest = Flowers102._file_dict["label"]
     if not (folder / name).is_file():
         raise _missing("Oxford-102", folder / name)
@@ -179,9 +177,9 @@ def load_oxford(root: str | os.PathLike, download: bool = False) -> Flowers:
             f"{folder / 'jpg'}: {len(odd & set(images)):,} of {len(images):,} images are missing and "
             f"{len(odd - set(images)):,} have no label, first {min(odd).name}. Delete the folder and fetch them again."
         )
-    captions = load_captions(Path(root, CAPTION_FOLDER), labels)
-    classes = load_classes(Path(root, CAPTION_FOLDER), labels)
-    return Flowers(images, labels, captions, classes, dict(enumerate(Flowers102.classes, 1)))
+    texts = Path(root, CAPTION_FOLDER)
+    names = dict(enumerate(Flowers102.classes, 1))
+    return Flowers(images, labels, load_captions(texts, labels), load_classes(texts, labels), names)
 
 
 def load_captions(folder: str | os.PathLike, labels: Tensor) -> list[list[str]]:
@@ -203,17 +201,14 @@ def load_captions(folder: str | os.PathLike, labels: Tensor) -> list[list[str]]:
             f"{folder}: captions and labels do not join in {len(odd)} files, first {odd[0].relative_to(folder)}, which "
             f"{'is of no image of that class' if odd[0] in found else 'is missing'}. Unpack the captions again."
         )
-    return [_ten_captions(path) for path in paths]
-
-
-def _ten_captions(path: Path) -> list[str]:
     # Not splitlines(): it also splits at characters that may stand inside a caption, such as U+2028 or a form feed.
-    lines = [line.strip() for line in _text(path).removesuffix("\n").split("\n")]
-    if len(lines) != CAPTIONS:
-        raise DMVAEError(f"{path} has {len(lines)} lines; expected {CAPTIONS} captions. Unpack the captions again.")
-    if "" in lines:
-        raise DMVAEError(f"{path}, line {lines.index('') + 1}: the caption is empty. Unpack the captions again.")
-    return lines
+    captions = [[line.strip() for line in _text(path).removesuffix("\n").split("\n")] for path in paths]
+    for path, lines in zip(paths, captions):
+        if len(lines) != CAPTIONS:
+            raise DMVAEError(f"{path} has {len(lines)} lines; expected {CAPTIONS} captions. Unpack the captions again.")
+        if "" in lines:
+            raise DMVAEError(f"{path}, line {lines.index('') + 1}: the caption is empty. Unpack the captions again.")
+    return captions
 
 
 def _text(path: Path) -> str:
@@ -231,7 +226,6 @@ def load_classes(folder: str | os.PathLike, labels: Tensor | None = None) -> dic
     Raises DMVAEError for a list that is missing or has another line, for a class that is listed twice and, given
     the images' labels, for a class without images or in no list.
     """
-    classes: dict[str, tuple[int, ...]] = {}
     home: dict[int, str] = {}
     for split, name in CLASS_LISTS.items():
         lines = _text(Path(folder, name)).split() or ["nothing"]
@@ -239,18 +233,16 @@ def load_classes(folder: str | os.PathLike, labels: Tensor | None = None) -> dic
             raise DMVAEError(
                 f"{Path(folder, name)} holds {bad[0]!r}; expected lines such as class_00041. Unpack the captions again."
             )
-        classes[split] = tuple(int(line.removeprefix("class_")) for line in lines)
-        for number in classes[split]:
+        for number in (int(line.removeprefix("class_")) for line in lines):
             if number in home:
                 raise DMVAEError(
-                    f"class {number} is listed for {home[number]} and for {split}: classes must be in one split, once, "
-                    "or the evaluation is not zero-shot. Correct the class lists."
+                    f"class {number} is listed for {home[number]} and for {split}; list it once, to be zero-shot."
                 )
             home[number] = split
     if labels is not None and (odd := sorted(home.keys() ^ set(labels.tolist()))):
         state = "is listed but has no images" if odd[0] in home else "is in no class list"
         raise DMVAEError(f"class {odd[0]} {state}; the lists must hold every class of the images and no other.")
-    return classes
+    return {split: tuple(number for number, where in home.items() if where == split) for split in CLASS_LISTS}
 
 
 # --- downloads ---------------------------------------------------------------------------------------------------
@@ -270,10 +262,8 @@ def fetch_captions(url: str, sha256: str, root: str | os.PathLike) -> Path:
     target = Path(root, CAPTION_FOLDER)
     if target.exists():
         raise DMVAEError(f"{target} is there already; delete it to fetch the captions again.")
-    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):  # without a digest, pooch takes whatever comes
-        raise DMVAEError(
-            f"fetch_captions: sha256={sha256!r}; expected 64 hexadecimal digits, of a copy that you trust."
-        )
+    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise DMVAEError(f"fetch_captions: sha256={sha256!r}; expected 64 hexadecimal digits, of a copy you trust.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".captions-") as folder:
@@ -285,8 +275,8 @@ def fetch_captions(url: str, sha256: str, root: str | os.PathLike) -> Path:
             os.replace(Path(folder, CAPTION_FOLDER), target)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise DMVAEError(
-            f"cannot fetch {url} as {target} ({error}); nothing was kept. Check the address, the network and the "
-            f"digest; the file must be a tar archive of a folder {CAPTION_FOLDER}, without links."
+            f"cannot fetch {url} as {target} ({error}); nothing was kept. Check address, network and digest; "
+            f"it must be a tar archive of a folder {CAPTION_FOLDER}, without links."
         ) from error
     return target
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmvae_lib.models import Terms
 from dmvae_lib.models.base import Batch
 from dmvae_lib.paper.data import DataSet, Splits
-from dmvae_lib.paper.rows.joint_embedding import (
-    IdentityClassifier,
-    JointEmbedding,
-    feature_sizes,
-    lstm_text,
-    matching_terms,
-    training_classes,
-)
+from dmvae_lib.paper.rows.joint_embedding import IdentityClassifier, LSTMEmbedding, matching_terms, sizes_and_classes
 
 
 def project(x: Tensor, y: Tensor) -> Tensor:
@@ -26,19 +19,18 @@ def project(x: Tensor, y: Tensor) -> Tensor:
     return (x * unit).sum(-1, keepdim=True) * unit
 
 
-class CMPMCMPC(JointEmbedding):
-    """The paper's text network (Sec. 5.2); Eq. 4 in both directions and norm-softmax classification of projections:
-    the image's projection on its caption, and the caption's on its image, must name the class.
+class CMPMCMPC(LSTMEmbedding):
+    """Eq. 4 in both directions and norm-softmax classification of projections: the image's projection on its caption,
+    and the caption's on its image, must name the class.
 
     classes: the labels that occur in training. Zhang & Lu train the image network too; here its feature is fixed.
     """
 
     def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int = 512, hidden: int = 512):
-        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        super().__init__(image_dim, token_dim, dim, hidden)
         self.classifier = IdentityClassifier(classes, dim)
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
-        """Terms "matching(image)", "matching(text)", "classification(image)", "classification(text)"."""
         image, text = self.embed(batch, labels)
         classification = {
             "classification(image)": self.classifier(project(image, text), labels),
@@ -48,5 +40,4 @@ class CMPMCMPC(JointEmbedding):
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> CMPMCMPC:
-    """`CMPMCMPC` for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states."""
-    return CMPMCMPC(*feature_sizes(splits), training_classes(splits), retrieval_hidden, retrieval_hidden)
+    return CMPMCMPC(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden)

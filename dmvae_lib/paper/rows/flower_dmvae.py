@@ -44,9 +44,7 @@ class FlowerDMVAE(DMVAE):
         without: Iterable[str] = (),
     ):
         if matching < 0 or not (matching or evidence):
-            raise DMVAEError(
-                f"FlowerDMVAE: matching={matching}, evidence={evidence}; expected a weight >= 0 and one of them."
-            )
+            raise DMVAEError(f"FlowerDMVAE: {matching=}, {evidence=}; expected a weight >= 0 and one of them.")
         weights = dict(weights or {"image": 1.0, "text": 1.0})
 
         def modality(name: str, dim: int, features: TextFeatures | None = None) -> Modality:
@@ -60,7 +58,7 @@ class FlowerDMVAE(DMVAE):
         self.matching, self.evidence = matching, evidence
         self.arguments |= {"image_dim": image_dim, "token_dim": token_dim, "hidden": hidden, "matching": matching}
         self.arguments |= {"private_dims": dict(private_dims), "decoder_hidden": decoder_hidden, "weights": weights}
-        self.arguments["evidence"] = evidence
+        self.arguments |= {"evidence": evidence}
 
     def embed_image(self, x: Tensor) -> Tensor:
         """(B, shared_dim), the mean of q(z_s | image)."""

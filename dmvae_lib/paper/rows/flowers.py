@@ -13,17 +13,8 @@ from dmvae_lib.models.base import Batch, Observed
 from dmvae_lib.paper.data.flowers import FLOWERS as DATA
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.retrieval import evaluate_retrieval
-from dmvae_lib.paper.rows import (
-    cmpm_cmpc,
-    flower_dmvae,
-    gmm_hglmm,
-    iatv,
-    timam,
-    triplet,
-    word2vec,
-    word_cnn,
-    word_cnn_rnn,
-)
+from dmvae_lib.paper.rows import cmpm_cmpc, gmm_hglmm, iatv, timam, triplet, word2vec, word_cnn, word_cnn_rnn
+from dmvae_lib.paper.rows import flower_dmvae as dmvae
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.training import Schedule
 
@@ -52,15 +43,15 @@ def retrieval_of(run: Run) -> dict[str, Any]:
 
 
 def _row(name: str, title: str, build: Callable[..., nn.Module], *more_from_profile: str) -> Row:
-    from_profile = ("retrieval_hidden", *more_from_profile)
-    return Row(f"flowers-{name}", title, DATA, build, schedule, retrieval_of, {}, from_profile, objective)
+    taken = ("retrieval_hidden", *more_from_profile)
+    return Row(f"flowers-{name}", title, DATA, build, schedule, retrieval_of, {}, taken, objective)
 
 
 def _without(name: str, title: str, **options: Any) -> Row:
     return replace(FLOWER_DMVAE, name=f"flowers-{name}", title=title, options=options)
 
 
-FLOWER_DMVAE = _row("dmvae", "DMVAE", flower_dmvae.build, "matching")
+FLOWER_DMVAE = _row("dmvae", "DMVAE", dmvae.build, "matching")
 TABLE2 = {  # in the paper's order
     row.title: row
     for row in (
@@ -82,7 +73,7 @@ PARTS = {  # what each part of the DMVAE row contributes; the paper does not sho
         _without("matching", "matching loss alone", evidence=False),
         _without("no-matching", "without matching loss", matching=0.0),
         _without("no-private", "without private spaces", private_dims={"image": 0, "text": 0}),
-        _without("no-cross", "without cross terms", without=flower_dmvae.CROSS_TERMS),
+        _without("no-cross", "without cross terms", without=dmvae.CROSS_TERMS),
     )
 }
 FLOWERS = tuple({row.name: row for row in (*TABLE2.values(), *PARTS.values())}.values())

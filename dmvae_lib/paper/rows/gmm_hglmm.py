@@ -14,6 +14,8 @@ from dmvae_lib.paper.data import DataSet, Splits
 from dmvae_lib.paper.networks import trim
 from dmvae_lib.paper.rows.joint_embedding import feature_sizes
 
+PAIRS, WORDS = 5_000, 20_000  # at most, that mixtures and projections are fitted to
+
 
 class HybridMixture(nn.Module):
     """p(x) = sum_k w_k prod_d f_kd(x_d), f_kd a Gaussian or, if `hybrid` and `laplacian[k, d]`, a Laplacian.
@@ -98,7 +100,7 @@ class GMMHGLMM(nn.Module):
     `image_dim_reduced` dimensions, after which the canonical directions are the singular vectors of their covariance.
 
     Klein et al. use ICA on word2vec vectors where this uses PCA on the token embeddings that every row gets; mixtures
-    and projections are fitted to a random part of the training pairs (`pairs`, and `words` of theirs).
+    and projections are fitted to a random part of the training pairs, PAIRS and WORDS of theirs.
     """
 
     def __init__(
@@ -111,16 +113,11 @@ class GMMHGLMM(nn.Module):
         text_dim: int = 256,
         image_dim_reduced: int = 256,
         iterations: int = 20,
-        pairs: int = 5_000,
-        words: int = 20_000,
     ):
         super().__init__()
-        if dim > min(text_dim, image_dim_reduced):
-            raise DMVAEError(
-                f"GMMHGLMM: dim={dim}; CCA has at most {min(text_dim, image_dim_reduced)} directions here."
-            )
-        self.iterations, self.pairs, self.words = iterations, pairs, words
-        self.text_dim, self.image_dim_reduced = text_dim, image_dim_reduced
+        if dim > (most := min(text_dim, image_dim_reduced)):
+            raise DMVAEError(f"GMMHGLMM: dim={dim}; CCA has at most {most} directions here.")
+        self.iterations, self.text_dim, self.image_dim_reduced = iterations, text_dim, image_dim_reduced
         self.gmm = HybridMixture(components, word_dim, hybrid=False)
         self.hglmm = HybridMixture(components, word_dim, hybrid=True)
         sizes = {"word": (token_dim, word_dim), "text": (4 * components * word_dim, dim), "image": (image_dim, dim)}
@@ -150,10 +147,10 @@ class GMMHGLMM(nn.Module):
         Raises DMVAEError if there are fewer pairs or words than a projection has dimensions.
         """
         generator = torch.Generator().manual_seed(seed)
-        batch = data.batch(torch.randperm(len(data), generator=generator)[: self.pairs])
+        batch = data.batch(torch.randperm(len(data), generator=generator)[:PAIRS])
         image, (tokens, mask) = batch["image"].to(self.word_mean), trim(batch["text"].to(self.word_mean))
         words = tokens[mask]
-        words = words[torch.randperm(len(words), generator=generator)[: self.words].to(words.device)]
+        words = words[torch.randperm(len(words), generator=generator)[:WORDS].to(words.device)]
         self.word_mean[:], self.word_axes[:] = principal_axes(words, self.word_axes.shape[1], whiten=False)
         words = (words - self.word_mean) @ self.word_axes
         mixtures = {"gmm": self.gmm, "hglmm": self.hglmm}
@@ -169,15 +166,11 @@ class GMMHGLMM(nn.Module):
 
 
 def principal_axes(x: Tensor, dim: int, whiten: bool = True) -> tuple[Tensor, Tensor]:
-    """(mean (D,), axes (D, dim)) of x, (n, D): (x - mean) @ axes are the principal components, of unit variance if
-    `whiten`.
-    """
+    """(mean (D,), axes (D, dim)) of x, (n, D): (x - mean) @ axes are its principal components, `whiten`: of variance 1."""
     from sklearn.decomposition import PCA
 
     if dim > min(x.shape):
-        raise DMVAEError(
-            f"PCA to {dim} dimensions from {len(x)} items of {x.shape[1]}; expected at least {dim} of both."
-        )
+        raise DMVAEError(f"PCA to {dim} dimensions from {len(x)} items of {x.shape[1]}; expected no fewer of both.")
     fitted = PCA(dim, random_state=0).fit(x.cpu().numpy())
     axes = fitted.components_.T / (fitted.explained_variance_**0.5 if whiten else 1)
     return torch.as_tensor(fitted.mean_).to(x), torch.as_tensor(axes).to(x)

@@ -13,14 +13,7 @@ from dmvae_lib.models import Terms
 from dmvae_lib.models.base import Batch
 from dmvae_lib.paper.data import DataSet, Splits
 from dmvae_lib.paper.networks import trim
-from dmvae_lib.paper.rows.joint_embedding import (
-    JointEmbedding,
-    class_index,
-    feature_sizes,
-    lstm_text,
-    sorted_classes,
-    training_classes,
-)
+from dmvae_lib.paper.rows.joint_embedding import LSTMEmbedding, class_index, sizes_and_classes, sorted_classes
 
 
 class CoAttention(nn.Module):
@@ -43,7 +36,7 @@ class CoAttention(nn.Module):
         return self.head(image[:, None] * torch.einsum("ijt,jtd->ijd", attention, words))[..., 0]
 
 
-class IATV(JointEmbedding):
+class IATV(LSTMEmbedding):
     """Stage 1 embeds by the cross-modal cross-entropy; stage 2 judges pairs, and re-ranks stage 1's top hits.
 
     Stage 1, with unit embeddings v, t and a memory of one unit vector per training class and modality, V_k and T_k:
@@ -53,10 +46,10 @@ class IATV(JointEmbedding):
     Stage 2 has the logit  scale * v . t + `CoAttention`, v . t held constant; binary cross-entropy of a batch's pairs
     against, for every image and every caption, the partner of another class that stage 1 finds most similar.
 
-    This is a simplified form: with one pooled feature for an image, the paper's attention over image regions and its
-    alignment of latent word groups are left out. Co-attention reads the token embeddings; stage 2 corrects the cosine
-    of stage 1, both trained in one step, where the paper's starts from stage 1's trained networks; and memories hold
-    the mean of a class over the last batch it was in.
+    Simplified: an image has one pooled feature, so that the paper's attention over regions and its alignment of latent
+    word groups are left out; co-attention reads the token embeddings; stage 2 corrects the cosine of stage 1, both
+    trained in one step, where the paper's starts from stage 1's trained networks; memories hold the mean of a class
+    over the last batch it was in.
 
     classes: the labels that occur in training.
     """
@@ -71,13 +64,13 @@ class IATV(JointEmbedding):
         match_dim: int = 128,
         temperature: float = 0.1,
     ):
-        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        super().__init__(image_dim, token_dim, dim, hidden)
         self.co_attention = CoAttention(image_dim, token_dim, match_dim)
         self.temperature = temperature
         self.scale = nn.Parameter(torch.tensor(1 / temperature))
         self.register_buffer("classes", sorted_classes(classes))
-        self.register_buffer("image_memory", torch.zeros(len(self.classes), dim))
-        self.register_buffer("text_memory", torch.zeros(len(self.classes), dim))
+        for memory in ("image_memory", "text_memory"):
+            self.register_buffer(memory, torch.zeros(len(self.classes), dim))
 
     def match(self, image: Tensor, tokens: Tensor) -> Tensor:
         """Stage 2's logits (I, J) that image i (I, d_image) and caption j (J, T, D) are of one class."""
@@ -114,15 +107,10 @@ def pair_loss(logits: Tensor, cosine: Tensor, labels: Tensor) -> Tensor:
     """
     different = labels[:, None] != labels[None, :]
     hardest = cosine.masked_fill(~different, -torch.inf)
-    negatives = torch.cat([
-        logits.gather(1, hardest.argmax(1, keepdim=True))[:, 0],
-        logits.gather(0, hardest.argmax(0, keepdim=True))[0],
-    ])  # fmt: skip
+    negatives = torch.cat([logits.gather(d, hardest.argmax(d, keepdim=True)).flatten() for d in (1, 0)])
     exists = different.any(1).repeat(2)  # none in a batch of one class
     return F.softplus(-logits.diagonal()).mean() + (F.softplus(negatives) * exists).sum() / exists.sum().clamp_min(1)
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, temperature: float = 0.1) -> IATV:
-    """`IATV` for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states."""
-    sizes = feature_sizes(splits)
-    return IATV(*sizes, training_classes(splits), retrieval_hidden, retrieval_hidden, temperature=temperature)
+    return IATV(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden, temperature=temperature)

@@ -1,7 +1,8 @@
 """What the rows of Table 2 share: images and captions in one space, compared by cosine, and losses of several rows.
 
 A row is an nn.Module with `embed_image`, `embed_text` and `loss(batch, labels, beta=1.0)` for a batch {"image", "text"}
-of pairs; GMM+HGLMM has `fit` in place of a loss, and IATV has `match`, a second stage that judges pairs.
+of pairs; GMM+HGLMM has `fit` in place of a loss, and IATV has `match`, a second stage that judges pairs. Its `build`
+makes it for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states, or channels.
 """
 
 from __future__ import annotations
@@ -30,11 +31,9 @@ class JointEmbedding(nn.Module):
         self.image, self.text = image, text
 
     def embed_image(self, x: Tensor) -> Tensor:
-        """(B, d) from image features (B, d_image)."""
         return self.image(x)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
-        """(B, d) from token embeddings (B, T, D)."""
         return self.text(tokens)
 
     def embed(self, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +45,14 @@ class JointEmbedding(nn.Module):
         """`ranking` of dot products with margin 1. beta, the weight of DMVAE's KLs, is for no other row."""
         image, text = self.embed(batch, labels)
         return Terms(others=ranking(image @ text.T, labels, margin=1.0))
+
+
+class LSTMEmbedding(JointEmbedding):
+    """A linear map of the image; the paper's text network (Sec. 5.2), BiLSTM and maximum over time, and a linear map."""
+
+    def __init__(self, image_dim: int, token_dim: int, dim: int, hidden: int):
+        image = nn.Linear(image_dim, dim)
+        super().__init__(image, nn.Sequential(TextFeatures(token_dim, hidden), nn.Linear(2 * hidden, dim)))
 
 
 def ranking(scores: Tensor, labels: Tensor, margin: float) -> dict[str, Tensor]:
@@ -65,7 +72,7 @@ def ranking(scores: Tensor, labels: Tensor, margin: float) -> dict[str, Tensor]:
 
 
 def matching_terms(image: Tensor, text: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Eq. 4 of both directions, as the terms "matching(image)" and "matching(text)"."""
+    """Eq. 4 of both directions, by name."""
     return dict(zip(("matching(image)", "matching(text)"), matching_loss(image, text, labels)))
 
 
@@ -85,11 +92,6 @@ class IdentityClassifier(nn.Module):
         return F.cross_entropy(logits, class_index(self.classes, labels))
 
 
-def lstm_text(token_dim: int, dim: int, hidden: int) -> nn.Module:
-    """The paper's text network (Sec. 5.2), BiLSTM and maximum over time, with a linear map to (B, dim)."""
-    return nn.Sequential(TextFeatures(token_dim, hidden), nn.Linear(2 * hidden, dim))
-
-
 def check_pairs(batch: Batch, labels: Tensor) -> None:
     """Raises DMVAEError unless the batch holds "image" and "text" and there is one label per pair."""
     lengths = {name: len(batch[name]) for name in ("image", "text") if name in batch} | {"labels": len(labels)}
@@ -99,10 +101,9 @@ def check_pairs(batch: Batch, labels: Tensor) -> None:
 
 def sorted_classes(classes: Sequence[int]) -> Tensor:
     """(C,) distinct labels in ascending order. Raises DMVAEError for none."""
-    found = torch.as_tensor(classes, dtype=torch.int64).unique()
-    if not len(found):
+    if not len(classes):
         raise DMVAEError("no training class given; give the labels that occur in training.")
-    return found
+    return torch.as_tensor(classes, dtype=torch.int64).unique()
 
 
 def class_index(classes: Tensor, labels: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def feature_sizes(splits: Splits) -> tuple[int, int]:
     return splits.train.items["image"].shape[1], splits.train.items["text"].shape[2]
 
 
-def training_classes(splits: Splits) -> list[int]:
-    """The classes that occur in training, for a row's `build`."""
+def sizes_and_classes(splits: Splits) -> tuple[int, int, list[int]]:
+    """`feature_sizes` and the classes that occur in training."""
     assert splits.train.item_labels is not None
-    return splits.train.item_labels["image"].unique().tolist()
+    return *feature_sizes(splits), splits.train.item_labels["image"].tolist()

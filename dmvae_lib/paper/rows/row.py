@@ -18,7 +18,6 @@ from dmvae_lib.training import Objective, Schedule, model_objective
 
 if TYPE_CHECKING:
     from dmvae_lib.paper.data import DataSet, Splits
-    from dmvae_lib.paper.runs import Run
 
 
 def train_pairs(splits: Splits) -> PairedData:
@@ -48,7 +47,7 @@ class Row:
     data: DataSet
     build: Callable[..., nn.Module]
     schedule: Callable[[Profile], Schedule]
-    evaluate: Callable[[Run], dict]
+    evaluate: Callable[[Any], dict]
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     from_profile: tuple[str, ...] = ()
     objective: Objective = model_objective

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from dmvae_lib.models import Terms
 from dmvae_lib.models.base import Batch
 from dmvae_lib.paper.data import DataSet, Splits
-from dmvae_lib.paper.rows.joint_embedding import (
-    IdentityClassifier,
-    JointEmbedding,
-    feature_sizes,
-    lstm_text,
-    matching_terms,
-    training_classes,
-)
+from dmvae_lib.paper.rows.joint_embedding import IdentityClassifier, LSTMEmbedding, matching_terms, sizes_and_classes
 
 
 def reverse_gradient(x: Tensor) -> Tensor:
@@ -26,10 +19,8 @@ def reverse_gradient(x: Tensor) -> Tensor:
     return 2 * x.detach() - x
 
 
-class TIMAM(JointEmbedding):
-    """BERT's token embeddings through the paper's text network (Sec. 5.2), and the sum of three losses:
-
-    norm-softmax classification of both embeddings with one set of class vectors; Eq. 4 in both directions; and
+class TIMAM(LSTMEmbedding):
+    """Norm-softmax classification of both embeddings with one set of class vectors; Eq. 4 in both directions; and
     `adversarial` times the cross-entropy of a discriminator that tells images from captions, which the discriminator
     minimises and the embeddings maximise.
 
@@ -47,14 +38,12 @@ class TIMAM(JointEmbedding):
         discriminator: int = 256,
         adversarial: float = 0.1,
     ):
-        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        super().__init__(image_dim, token_dim, dim, hidden)
         self.classifier = IdentityClassifier(classes, dim)
         self.discriminator = nn.Sequential(nn.Linear(dim, discriminator), nn.ReLU(), nn.Linear(discriminator, 1))
         self.adversarial = adversarial
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
-        """Terms "identity(image)", "identity(text)", "matching(image)", "matching(text)" and, with its weight,
-        "discriminator"."""
         image, text = self.embed(batch, labels)
         identity = {
             "identity(image)": self.classifier(image, labels),
@@ -67,6 +56,4 @@ class TIMAM(JointEmbedding):
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, adversarial: float = 0.1) -> TIMAM:
-    """`TIMAM` for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states."""
-    sizes = feature_sizes(splits)
-    return TIMAM(*sizes, training_classes(splits), retrieval_hidden, retrieval_hidden, adversarial=adversarial)
+    return TIMAM(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden, adversarial=adversarial)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmvae_lib.models import Terms
 from dmvae_lib.models.base import Batch
 from dmvae_lib.paper.data import DataSet, Splits
-from dmvae_lib.paper.rows.joint_embedding import JointEmbedding, feature_sizes, lstm_text, ranking
+from dmvae_lib.paper.rows.joint_embedding import LSTMEmbedding, feature_sizes, ranking
 
 
-class Triplet(JointEmbedding):
-    """The paper's text network (Sec. 5.2) and `ranking` of cosines, with a margin, over all pairs of a batch."""
+class Triplet(LSTMEmbedding):
+    """`ranking` of cosines, with a margin, over all pairs of a batch."""
 
     def __init__(self, image_dim: int, token_dim: int, dim: int = 512, hidden: int = 512, margin: float = 0.2):
-        super().__init__(nn.Linear(image_dim, dim), lstm_text(token_dim, dim, hidden))
+        super().__init__(image_dim, token_dim, dim, hidden)
         self.margin = margin
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
@@ -25,5 +25,4 @@ class Triplet(JointEmbedding):
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float = 0.2) -> Triplet:
-    """`Triplet` for the data's features, of `retrieval_hidden` dimensions and LSTM states."""
     return Triplet(*feature_sizes(splits), retrieval_hidden, retrieval_hidden, margin)

@@ -18,14 +18,13 @@ class MeanWord(nn.Module):
 
 
 def word2vec(image_dim: int, token_dim: int, dim: int = 512) -> JointEmbedding:
-    """Linear maps of the image feature and of the mean word vector, structured joint embedding.
+    """Linear maps of the image feature and of the mean of the token embeddings that every row gets, not word2vec's.
 
-    The word vectors are the token embeddings that every row gets, not word2vec's. Reed et al. leave the image feature
-    as it is; here, as in every row, a linear map brings it to `dim`, so that rows differ in text encoder and loss.
+    Reed et al. leave the image feature as it is; here, as in every row, a linear map brings it to `dim`, so that rows
+    differ in text encoder and loss.
     """
     return JointEmbedding(nn.Linear(image_dim, dim), nn.Sequential(MeanWord(), nn.Linear(token_dim, dim)))
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    """`word2vec` for the data's features, into `retrieval_hidden` dimensions."""
     return word2vec(*feature_sizes(splits), retrieval_hidden)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from torch import Tensor, nn
 
 from dmvae_lib.paper.data import DataSet, Splits
@@ -16,8 +14,7 @@ class TemporalConvolutions(nn.Module):
 
     def __init__(self, token_dim: int, channels: int):
         super().__init__()
-        widths = [token_dim, channels, channels]
-        self.layers = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Conv1d(size, channels, 3, padding=1) for size in (token_dim, channels))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens, mask = trim(tokens)
@@ -35,14 +32,11 @@ class ConvolutionalText(nn.Module):
         self.convolutions, self.head = TemporalConvolutions(token_dim, channels), nn.Linear(channels, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        states, _ = self.convolutions(tokens)
-        return self.head(states.amax(1))  # after ReLU no state is below the padding's zero
+        return self.head(self.convolutions(tokens)[0].amax(1))  # after ReLU no state is below the padding's zero
 
 
 def word_cnn(image_dim: int, token_dim: int, dim: int = 512, channels: int = 512) -> JointEmbedding:
-    """A convolutional text encoder, structured joint embedding.
-
-    Reed et al. convolve one-hot words in three layers, pool over time by three after the second and flatten 30 words;
+    """Reed et al. convolve one-hot words in three layers, pool over time by three after the second and flatten 30 words;
     here two layers read the token embeddings that every row gets, and the maximum over time replaces pooling and
     flattening, so that padding changes nothing. The image side is linear, as in every row (`word2vec`).
     """
@@ -50,5 +44,4 @@ def word_cnn(image_dim: int, token_dim: int, dim: int = 512, channels: int = 512
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    """`word_cnn` for the data's features, with `retrieval_hidden` channels and dimensions."""
     return word_cnn(*feature_sizes(splits), retrieval_hidden, retrieval_hidden)

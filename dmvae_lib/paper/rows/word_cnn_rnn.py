@@ -25,13 +25,11 @@ class RecurrentText(nn.Module):
 
 
 def word_cnn_rnn(image_dim: int, token_dim: int, dim: int = 512, channels: int = 512) -> JointEmbedding:
-    """As `word_cnn`, its simplifications included, with a recurrent layer before the average over time.
-
-    The layer is a GRU, where Reed et al. use a plain recurrent network over a third of the time steps.
+    """As `word_cnn`, its simplifications included, with a GRU before the average over time, where Reed et al. use a
+    plain recurrent network over a third of the time steps.
     """
     return JointEmbedding(nn.Linear(image_dim, dim), RecurrentText(token_dim, dim, channels))
 
 
 def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    """`word_cnn_rnn` for the data's features, with `retrieval_hidden` channels and dimensions."""
     return word_cnn_rnn(*feature_sizes(splits), retrieval_hidden, retrieval_hidden)
