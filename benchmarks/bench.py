@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import sys
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from independent import command_line, multivae_trainer
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -115,7 +115,6 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
 
 def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Work:
     """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks, all pairs in memory."""
-    from independent import multivae_trainer
     from multivae.data.datasets.base import MultimodalBaseDataset
 
     pairs = data.batch(torch.arange(STEPS * batch_size) % len(data))
@@ -214,14 +213,6 @@ def bars(table: pd.DataFrame) -> Figure:
     sns.despine(ax=ax, left=True)
     figure.tight_layout()
     return figure
-
-
-def command_line(description: str | None, **defaults: str | int) -> argparse.ArgumentParser:
-    """A parser of `setting`'s parameters, as the Makefile gives them."""
-    parser = argparse.ArgumentParser(description=description)
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default, type=type(default))
-    return parser
 
 
 def main() -> None:

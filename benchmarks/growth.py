@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bench import LONGER, command_line, seconds_per_update, where
+from bench import LONGER, seconds_per_update, where
+from independent import command_line
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 

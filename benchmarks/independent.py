@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import command_line
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -110,6 +110,14 @@ def multivae_trainer(model: DMVAE | MMVAE, pairs: Dataset, batch_size: int, devi
     settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
     plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)
     return BaseTrainer(made, pairs, None, plan)
+
+
+def command_line(description: str | None, **defaults: str | int) -> argparse.ArgumentParser:
+    """A parser of `setting`'s parameters, as the Makefile gives them."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, type=type(default))
+    return parser
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ class Mixture:
     """The equal-weight mixture of distributions of the same shape (MMVAE's joint posterior).
     observed: for each component (...) bool, where it takes part (at least one everywhere); None: all do."""
 
-    components: Sequence[Laplace]
+    components: Sequence[Any]
     observed: Sequence[Tensor] | None = None
 
     @property

@@ -144,7 +144,10 @@ def end(process: int) -> int:
 
 
 def kill(process: int, after: float, number: int = signal.SIGKILL) -> int:
-    time.sleep(after)
+    """Kills a process after so many seconds, unless it ends before; its exit status."""
+    until, ended = time.monotonic() + after, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while time.monotonic() < until and os.waitid(os.P_PID, process, ended) is None:
+        time.sleep(0.001)
     os.kill(process, number)
     return end(process)
 
@@ -314,11 +317,13 @@ def killed_reproductions(folder: Path, chance: random.Random) -> Tries:
         killed = 0
         for _ in range(chance.randint(1, 4)):
             process = begin(place, chance.choice([None, "local:2"]))
-            time.sleep(chance.uniform(0.1, 0.9) * whole)
-            # A scheduler signals all of a job's processes, a kernel short of memory one of them.
-            (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, chance.choice(SIGNALS))
-            process.communicate()
-            killed += process.returncode != 0
+            try:
+                process.communicate(timeout=chance.uniform(0.1, 0.9) * whole)
+            except subprocess.TimeoutExpired:
+                # A scheduler signals all of a job's processes, a kernel short of memory one of them.
+                (os.killpg if chance.random() < 0.5 else os.kill)(process.pid, chance.choice(SIGNALS))
+                process.communicate()
+                killed += process.returncode != 0
         yield from [ends(begin(place, chance.choice([None, "local:2"]))) and same(place, expected)] * killed
 
 

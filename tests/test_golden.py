@@ -1,6 +1,6 @@
 """The golden numbers: what guards the mathematics of every row of the tables.
 
-`python tests/test_golden.py` records them anew, into tests/golden.json.
+`.venv/bin/python tests/test_golden.py` records them anew, into tests/golden.json.
 """
 
 import json
@@ -18,7 +18,7 @@ from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import FLOWERS, ROWS
 
 GOLDEN = Path(__file__).with_name("golden.json")
-COMMAND = "python tests/test_golden.py"
+COMMAND = ".venv/bin/python tests/test_golden.py"
 PROFILE = replace(get_profile("quick"), width=0.125, particles=3, retrieval_hidden=8)
 BATCH = torch.arange(8)
 BETA = 0.5  # so that its place is seen too

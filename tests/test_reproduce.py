@@ -178,7 +178,9 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
     git(tmp_path, "add", "results")
     git(tmp_path, "commit", "-qm", "three seeds")
     written = {path.name: path.read_bytes() for path in (place.results / "runs").iterdir()}
-    assert set(written) == {f"classifier-{name}-0.json" for name in judges} | {f"toy-dmvae-{n}.json" for n in range(3)}
+    assert set(written) == {f"toy-classifier-{name}-0.json" for name in judges} | {
+        f"toy-dmvae-{n}.json" for n in range(3)
+    }
 
     shutil.rmtree(place.runs)  # another machine, which has the committed entries and no weights
     reproduce.reproduce(place, None)  # with one seed

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dmvae_lib import DMVAE, JMVAE, MMVAE, MVAE, TELBO, DMVAEError, Modality
-from dmvae_lib.models import saving
+from dmvae_lib import DMVAE, JMVAE, MMVAE, MVAE, TELBO, DMVAEError, Modality, models
+from dmvae_lib.models import MultimodalVAE, saving
 
 SHARED = 2
 
@@ -52,6 +52,12 @@ MODELS = {  # each with constructor arguments that are not the defaults
 def loss(model, batch=BATCH):
     torch.manual_seed(0)
     return model.loss(batch).total.item()
+
+
+def test_every_model_of_the_library_is_saved_below():
+    exported = [value for value in vars(models).values() if isinstance(value, type)]
+    known = {kind for kind in exported if issubclass(kind, MultimodalVAE) and kind is not MultimodalVAE}
+    assert {type(make()) for make in MODELS.values()} == known
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -50,7 +50,7 @@ WEIGHTS, HISTORY, ENTRY = "model.safetensors", "history.csv", "entry.json"
 class Setting:
     """Where and how runs are made: the parameters of every notebook.
 
-    evaluation: "test", or "validation" to hold out part of the training data and leave the test data alone.
+    results: the profile's folder, in one whose README.md lists what is there. evaluation: "test", or "validation" to hold out part of the training data and leave the test data alone.
     """
 
     profile: Profile
@@ -65,7 +65,11 @@ class Setting:
         """The data set from the profile's source, loaded once per process. Raises DMVAEError as its loader does."""
         where = {"source": self.profile.source, "root": str(self.data), "evaluation": self.evaluation}
         how = {"cache": str(self.runs / "features"), "device": str(resolve_device(self.device))}
-        return _splits(data_set.load, permutations=self.profile.permutations, **where, **how)
+        found = _splits(data_set.load, permutations=self.profile.permutations, **where, **how)
+        if found.train.names != data_set.modalities:
+            names = f"{', '.join(found.train.names)}, not {', '.join(data_set.modalities)}"
+            raise DMVAEError(f"data set {data_set.name!r}: its loader gives {names}; let both say the same.")
+        return found
 
 
 @lru_cache(maxsize=4)
@@ -182,18 +186,23 @@ class Run:
         its folder is replaced; while one process trains it, others wait. Raises DMVAEError for files that are damaged.
         """
         with locked(self.folder, f"training {self}"):
+            remove_leftovers(self.folder)
             splits = self.setting.splits(self.row.data)
             pairs = self.row.select(splits)
             data = {"train": pairs.fingerprint, "test": splits.test.fingerprint}
             entry = self._current(self.folder / ENTRY, self._repair)
             if entry is None or entry["data"] != data:
+                if (self.folder / ENTRY).exists():
+                    print(f"{self.folder} is of another configuration or other data; it is replaced.", file=sys.stderr)
                 entry = self._train(pairs, data)
                 write_json(self.folder / ENTRY, entry)  # last: a run without it is not finished
-                (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             written = (self.folder / ENTRY).read_bytes()
             if not self.entry_path.exists() or self.entry_path.read_bytes() != written:
-                with atomic_write(self.entry_path) as temporary:
-                    temporary.write_bytes(written)
+                with locked(self.entry_path.parent, "writing the ledger"):
+                    remove_leftovers(self.entry_path.parent)
+                    with atomic_write(self.entry_path) as temporary:
+                        temporary.write_bytes(written)
         self.__dict__["entry"] = entry
         return self
 
@@ -205,6 +214,11 @@ class Run:
         if not path.exists():
             return None
         entry = check_seal(read_json(path, repair), str(path), repair)
+        if entry["config"]["data"] != self.row.data.name:
+            raise DMVAEError(
+                f"{path} is of data set {entry['config']['data']!r}, and row {self.row.name!r} is now of "
+                f"{self.row.data.name!r}; give the row a name of its own."
+            )
         return entry if entry["config"] == self.config else None
 
     def _new_model(self) -> nn.Module:
@@ -217,7 +231,6 @@ class Run:
     def _train(self, pairs: PairedData, data: dict[str, str]) -> dict:
         """Trains and evaluates, writes weights and history, and returns the entry."""
         row, place = self.row, self.setting
-        remove_leftovers(self.folder)
         identity = hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()[:16]
         self._begin(identity)
         trained = replace(self)  # what `evaluate` sees; this one has a model once it has an entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -68,6 +69,11 @@ def table(
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
             asked = name == row.name and (seeds is None or seed in seeds)
+            if asked and entry["config"] != row.config(setting.profile, seed):
+                print(
+                    f"{name}, seed {seed}: left out, of another configuration than the row's; train it.",
+                    file=sys.stderr,
+                )
             if not asked or entry["config"] != row.config(setting.profile, seed):
                 continue
             file, data = f"{name}-{seed}.json", entry["data"]["test"]
@@ -285,7 +291,10 @@ def index(results: Path) -> str:
             for file, digest in entry["files"].items():
                 files += f"[{Path(file).suffix[1:]}]({profile}/{file}) [`{digest[:12]}`]({profile}/manifest.json) "
                 files += "" if _is(folder / file, digest) else "**changed since** "
-            by, short = Path(entry["notebook"]), entry["caption"].split(". ")[0].replace("|", r"\|")
+            by, short = (
+                Path(entry["notebook"]),
+                re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|"),
+            )
             sources = {"": by.stem if _old(entry) else f"[{by.stem}](../{by})"}
             for run in [] if _old(entry) else entry["runs"]:  # for each row its name, and every seed as a link
                 row, _, seed = run.removesuffix(".json").rpartition("-")

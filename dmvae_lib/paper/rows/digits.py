@@ -193,7 +193,7 @@ def judge(data: DataSet, modality: str) -> Row:
     if modality not in data.modalities:
         raise DMVAEError(f"unknown modality {modality!r}; {data.name!r} has {', '.join(data.modalities)}.")
     return Row(
-        name=f"classifier-{modality}",
+        name=("" if data == MNIST_SVHN else f"{data.name}-") + f"classifier-{modality}",
         title=f"classifier of {modality}",
         data=data,
         build=classifier,
