@@ -674,17 +674,21 @@ def main() -> None:
     chosen = {name: fault for name, fault in FAULTS_OF.items() if re.search(options.only, name)}
     if not chosen:
         parser.error(f"no fault's description fits {options.only!r}")
-    lines, all_tries = ["| fault | tried | held | lost |", "|---|---|---|---|"], []
     print(f"seed {seed}", flush=True)
-    for name, (function, most) in [*chosen.items(), ("all", (None, 0))]:
-        begun, tries = time.monotonic(), all_tries
-        if function:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                found = function(Path(folder), random.Random(f"{seed} {name}"))
-                tries = list(islice(found, max(1, round(options.share * most))))
-            all_tries += tries
+    lines, all_tries = ["| fault | tried | held | lost |", "|---|---|---|---|"], []
+
+    def line(name: str, tries: list[bool]) -> str:
         lines.append(f"| {name} | {len(tries)} | {sum(tries)} | {len(tries) - sum(tries)} |")
-        print(f"{lines[-1]} {time.monotonic() - begun:.0f} s", flush=True)
+        return lines[-1]
+
+    for name, (function, most) in chosen.items():
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            found = function(Path(folder), random.Random(f"{seed} {name}"))
+            tries = list(islice(found, max(1, round(options.share * most))))
+        all_tries += tries
+        print(line(name, tries), f"{time.monotonic() - begun:.0f} s", flush=True)
+    print(line("all", all_tries))
     if options.write:
         with files.atomic_write(options.write) as temporary:
             temporary.write_text("\n".join([TITLE, *lines, ""]))

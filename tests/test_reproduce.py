@@ -177,7 +177,7 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "results")
     git(tmp_path, "commit", "-qm", "three seeds")
-    written = {path.name: path.read_bytes() for path in (place.results / "runs").iterdir()}
+    written = {path.name: path.read_bytes() for path in (place.results / "runs").glob("*.json")}
     assert set(written) == {f"toy-classifier-{name}-0.json" for name in judges} | {
         f"toy-dmvae-{n}.json" for n in range(3)
     }
@@ -188,7 +188,7 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
         *(f"classifier-{name}-0" for name in judges),
         "toy-dmvae-0",
     }
-    again = {path.name: path.read_bytes() for path in (place.results / "runs").iterdir()}
+    again = {path.name: path.read_bytes() for path in (place.results / "runs").glob("*.json")}
     assert {name for name in written if again[name] != written[name]} <= {
         path.name for path in place.results.glob("runs/*-0.json")
     }
