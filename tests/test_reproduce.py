@@ -185,7 +185,7 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
     shutil.rmtree(place.runs)  # another machine, which has the committed entries and no weights
     reproduce.reproduce(place, None)  # with one seed
     assert {path.parent.name for path in place.runs.glob("*/*/model.safetensors")} == {
-        *(f"classifier-{name}-0" for name in judges),
+        *(f"toy-classifier-{name}-0" for name in judges),
         "toy-dmvae-0",
     }
     again = {path.name: path.read_bytes() for path in (place.results / "runs").glob("*.json")}
