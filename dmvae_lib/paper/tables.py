@@ -68,13 +68,13 @@ def table(
     used: dict[str, None] = {}  # a set in order
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
-            asked = name == row.name and (seeds is None or seed in seeds)
-            if asked and entry["config"] != row.config(setting.profile, seed):
+            if name != row.name or (seeds is not None and seed not in seeds):
+                continue
+            if entry["config"] != row.config(setting.profile, seed):
                 print(
                     f"{name}, seed {seed}: left out, of another configuration than the row's; train it.",
                     file=sys.stderr,
                 )
-            if not asked or entry["config"] != row.config(setting.profile, seed):
                 continue
             file, data = f"{name}-{seed}.json", entry["data"]["test"]
             other, expected = tested.setdefault(row.data.name, (file, data))
