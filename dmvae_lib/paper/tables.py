@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_leftovers, sha256, write_json
+from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_leftovers, seal, sha256, write_json
 from dmvae_lib.paper.published import MEASURES, Claim
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, commit
@@ -222,11 +222,18 @@ class Results:
             used = list(dict.fromkeys(run if isinstance(run, str) else run.entry_path.name for run in runs))
             finished = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
             made = {"commit": commit(), "dmvae_lib": version("dmvae_lib"), "finished": finished}
-            entry = {"caption": caption, "notebook": made_by, "files": files, "runs": used, "made": made}
-            manifest = read_json(folder / "manifest.json", REPAIR) if (folder / "manifest.json").exists() else {}
+            entry = {
+                "artefact": name,
+                "caption": caption,
+                "notebook": made_by,
+                "files": files,
+                "runs": used,
+                "made": made,
+            }
+            manifest = _manifest(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
             for former in manifest.get(name, {"files": {}})["files"].keys() - files.keys():
                 (folder / former).unlink(missing_ok=True)
-            write_json(folder / "manifest.json", dict(sorted((manifest | {name: entry}).items())))
+            write_json(folder / "manifest.json", dict(sorted((manifest | {name: seal(entry)}).items())))
             write_pages(folder.parent)
 
 
@@ -249,7 +256,17 @@ def write_pages(results: Path) -> None:
 def _manifests(results: Path) -> dict[str, dict]:
     """{profile: its manifest}; a rehearsal's, `name@share`, is nothing to cite."""
     paths = [path for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
-    return {path.parent.name: read_json(path, REPAIR) for path in paths}
+    return {path.parent.name: _manifest(path) for path in paths}
+
+
+def _manifest(path: Path) -> dict[str, dict]:
+    manifest = read_json(path, REPAIR)
+    for name, entry in manifest.items():
+        if not (isinstance(entry, dict) and "packages" in entry.get("made", {})):  # the older are not sealed
+            check_seal(entry, f"{path}, entry {name!r},", REPAIR)
+            if entry["artefact"] != name:
+                raise DMVAEError(f"{path}: the entry of {entry['artefact']!r} stands as {name!r}. {REPAIR}")
+    return manifest
 
 
 def _old(entry: Mapping) -> bool:
@@ -302,8 +319,8 @@ def index(results: Path) -> str:
             shown = f"{name}.md" if f"{name}.md" in entry["files"] else next(iter(entry["files"]))
             lines.append(f"| [{name}]({profile}/{shown}) | {short} | {files}| {'; '.join(sources.values())} |")
         for name, entry in manifest.items():
-            text = folder / f"{name}.md"
-            if f"{name}.tex" in entry["files"] and text.exists():  # beside the paper's numbers: these are shown
+            text, digest = folder / f"{name}.md", entry["files"].get(f"{name}.md", "")
+            if f"{name}.tex" in entry["files"] and _is(text, digest):  # beside the paper's numbers: these are shown
                 lines += ["", text.read_text("utf-8").rstrip()]
         lines.append("")
     return "\n".join(lines)
