@@ -62,3 +62,9 @@ def test_seeds_are_a_count_or_refused(seeds):
 def test_every_row_is_trained_in_the_profiles_precision(row):
     schedule = row.schedule(replace(get_profile("quick"), precision="bfloat16"))
     assert row.fit or schedule.precision == "bfloat16"
+
+
+def test_the_precision_is_no_part_of_what_a_run_is():
+    quick = get_profile("quick")
+    configs = [ROWS["dmvae"].config(replace(quick, precision=name), 0) for name in ("float32", "bfloat16")]
+    assert configs[0] == configs[1]

@@ -488,6 +488,9 @@ def test_a_run_goes_on_in_the_precision_it_began_with(tmp_path, monkeypatch, beg
     found, history = trained(tmp_path, plan=plan)
     assert torch.equal(found, expected) and history.attrs["precision"] == began
     assert trained(plan=plan)[1].attrs["precision"] == moved
+    with pytest.raises(Stop):
+        trained(tmp_path / "chosen", doing([8], stopping), replace(plan, precision=began), checkpoint_seconds=0)
+    assert trained(tmp_path / "chosen", plan=replace(plan, precision=moved))[1].attrs["precision"] == began
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

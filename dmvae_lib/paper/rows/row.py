@@ -99,8 +99,13 @@ class Row:
         return model
 
     def config(self, profile: Profile, seed: int) -> dict[str, Any]:
-        """All that decides a run, as JSON gives it back; what it is trained on has a fingerprint beside it."""
+        """All that decides a run, as JSON gives it back; what it is trained on has a fingerprint beside it.
+
+        The precision is, as device and threads are, how a run was made, not what it is: its entry has it there.
+        """
+        schedule = asdict(self.schedule(profile))
+        del schedule["precision"]
         about = {"row": self.name, "version": self.version, "seed": seed, "data": self.data.name}
         about |= {"source": profile.source, "permutations": profile.permutations}
-        about |= {"arguments": self.arguments(profile), "schedule": asdict(self.schedule(profile))}
+        about |= {"arguments": self.arguments(profile), "schedule": schedule}
         return json.loads(json.dumps(about))
