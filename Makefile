@@ -43,7 +43,7 @@ test: check site  ## ruff, mypy, the site's links, unit tests, then every notebo
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
-	$(BIN)/python benchmarks/bench.py --profile $(PROFILE) --device $(DEVICE) --data $(DATA)
+	$(BIN)/python benchmarks/bench.py --device $(DEVICE)
 
 independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
 	$(BIN)/python benchmarks/independent.py --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)

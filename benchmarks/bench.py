@@ -1,15 +1,24 @@
-"""`make bench`: how fast DMVAE trains here, beside other ways to train the same networks and the machine's own limits."""
+"""`make bench`: how fast DMVAE trains here, beside other ways to train the same networks and the machine's own limits.
+
+One run measures the networks of profiles quick and subset, on random images: what they show does not matter here.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import logging
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,13 +33,19 @@ from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAE, DMVAEError, PairedData, Schedule, train
+from dmvae_lib.paper.data import Splits
+from dmvae_lib.paper.data.digits import SHAPES
+from dmvae_lib.paper.profiles import Profile, get_profile
 from dmvae_lib.paper.rows.digits import DMVAE_ROW
-from dmvae_lib.paper.runs import Setting, setting
+from dmvae_lib.paper.runs import cpu_name, setting
 from dmvae_lib.paper.tables import Results
-from dmvae_lib.training import resolve_device
+from dmvae_lib.training import resolve_device, resolve_precision
 
+NETWORKS = ("quick", "subset")  # the profiles whose networks and batches are measured
+ITEMS = 8_000  # images of each modality
 STEPS, ROUNDS = 20, 5  # updates timed at a stretch; every contestant gets its stretch in each round
 LONGER = {"cuda": 50}  # ours is timed over so many times STEPS, where STEPS updates are over at once
+ALONE = 3  # stretches of each process that is measured alone or beside others
 Work = Callable[[], float]  # updates, and returns seconds per update
 
 
@@ -52,19 +67,37 @@ def seconds_per_update(updates: Callable[[int], object], n: int, device: torch.d
 
 def where(device: torch.device) -> str:
     """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def peak_mb(device: torch.device) -> float:
+    """MB, so far: of the device's memory allocated at most so far; of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin with the peak of the process that started this one
+        (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1.024 * int(kilobytes) / 1e3
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else 1.024 * peak / 1e3
 
 
 # --- the contestants --------------------------------------------------------------------------------------------------
 
 
-def ours(model: DMVAE, data: PairedData, batch_size: int, device: torch.device, precision: str = "float32") -> Work:
+def ours(
+    model: DMVAE, data: PairedData, batch_size: int, device: torch.device, steps: int, precision: str = "float32"
+) -> Work:
     """This library's `train`."""
 
     def updates(n: int) -> None:
         train(model, data, Schedule(n, batch_size, precision=precision), device=device)
 
-    return lambda: seconds_per_update(updates, STEPS * LONGER.get(device.type, 1), device)
+    return lambda: seconds_per_update(updates, steps * LONGER.get(device.type, 1), device)
 
 
 class PairsOfImages(Dataset):
@@ -81,14 +114,14 @@ class PairsOfImages(Dataset):
         return {name: to_tensor(Image.fromarray(images[row])) for name, images in self.images.items()}
 
 
-def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Work:
+def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.device, steps: int) -> Work:
     """A plain loop: one sample at a time through a data loader, one decoder pass per reconstruction, every term logged.
 
     It computes Eq. 3 on the same networks, as the authors' release does it.
     """
     model.to(device).train()
     optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-    loader = DataLoader(PairsOfImages(data, STEPS * batch_size), batch_size, shuffle=True)
+    loader = DataLoader(PairsOfImages(data, steps * batch_size), batch_size, shuffle=True)
 
     def loop() -> None:
         log: dict[str, float] = {}
@@ -110,25 +143,39 @@ def plain_loop(model: DMVAE, data: PairedData, batch_size: int, device: torch.de
             loss.backward()
             optimiser.step()
 
-    return lambda: seconds(loop, device) / STEPS
+    return lambda: seconds(loop, device) / steps
 
 
-def multivae(model: DMVAE, data: PairedData, batch_size: int, device: torch.device) -> Work:
-    """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks, all pairs in memory."""
+def multivae(
+    model: DMVAE, data: PairedData, batch_size: int, device: torch.device, steps: int, precision: str = "float32"
+) -> Work:
+    """One epoch of the DMVAE of the package `multivae` with its own trainer, on the same networks, all pairs in memory.
+
+    As it comes, or, in fairness to ours, under autocast."""
     from multivae.data.datasets.base import MultimodalBaseDataset
 
-    pairs = data.batch(torch.arange(STEPS * batch_size) % len(data))
+    pairs = data.batch(torch.arange(steps * batch_size) % len(data))
     trainer = multivae_trainer(model, MultimodalBaseDataset(pairs), batch_size, device)
-    return lambda: seconds(lambda: trainer.train_step(1), device) / STEPS
+
+    def epoch() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            trainer.train_step(1)
+
+    return lambda: seconds(epoch, device) / steps
 
 
-OURS = "dmvae_lib"
-CONTESTANTS: dict[str, Callable[..., Work]] = {
-    OURS: ours,
-    f"{OURS}, bfloat16": partial(ours, precision="bfloat16"),
-    "plain data-loader loop": plain_loop,
-    "MultiVae's trainer": multivae,
-}
+OURS, THEIRS = "dmvae_lib", "MultiVae's trainer"
+
+
+def contestants(device: torch.device) -> dict[str, Callable[..., Work]]:
+    """Who is measured on this device: bfloat16 where it is the faster one, MultiVae's trainer where it is installed."""
+    found = {OURS: ours, "plain data-loader loop": plain_loop}
+    if find_spec("multivae"):
+        found[THEIRS] = multivae
+    if resolve_precision("auto", device) == "bfloat16":
+        low = {OURS: ours, THEIRS: multivae}
+        found |= {f"{name}, bfloat16": partial(low[name], precision="bfloat16") for name in low if name in found}
+    return found
 
 
 # --- the limits ---------------------------------------------------------------------------------------------------
@@ -163,30 +210,44 @@ def operations(model: DMVAE, batch: dict[str, Tensor]) -> int:
 # --- the measurement ----------------------------------------------------------------------------------------------
 
 
-def fresh(place: Setting) -> DMVAE:
+def random_pairs(profile: Profile) -> Splits:
+    """As many images of noise as quick's and subset's have, paired as the profile says."""
+    generator = torch.Generator().manual_seed(0)
+    items = {name: torch.randint(256, (ITEMS, *shape), generator=generator).byte() for name, shape in SHAPES.items()}
+    data = PairedData.pair(items, dict.fromkeys(SHAPES, torch.arange(ITEMS) % 10), profile.permutations)
+    return Splits(data, data, {}, profile.source)
+
+
+def fresh(profile: Profile, splits: Splits) -> DMVAE:
     """The profile's DMVAE, untrained."""
     torch.manual_seed(0)
-    return DMVAE_ROW.model(place.splits(DMVAE_ROW.data), place.profile)
+    return DMVAE_ROW.model(splits, profile)
 
 
-def measure(place: Setting, contestants: Mapping[str, Callable] = CONTESTANTS, rounds: int = ROUNDS) -> pd.DataFrame:
+def measure(
+    profile: Profile,
+    splits: Splits,
+    device: torch.device,
+    who: Mapping[str, Callable],
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+) -> pd.DataFrame:
     """A line per contestant: pairs per second and ms per update (median over rounds), how many times as fast dmvae_lib
     in float32 is (median of the rounds' ratios), GFLOP/s and their share of its precision's matrix-product rate.
 
     The limits are in `attrs`. Contestants take turns, so that what else the machine does meets all of them.
     """
-    device, batch_size = resolve_device(place.device), place.profile.batch_size
-    data = place.splits(DMVAE_ROW.data).train
-    precisions = {name: "bfloat16" if "bfloat16" in name else "float32" for name in contestants}
+    batch_size, data = profile.batch_size, splits.train
+    precisions = {name: "bfloat16" if "bfloat16" in name else "float32" for name in who}
     rates, spent = [], []
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # trainers print and draw bars
-        made = {name: contestant(fresh(place), data, batch_size, device) for name, contestant in contestants.items()}
+        made = {name: make(fresh(profile, splits), data, batch_size, device, steps) for name, make in who.items()}
         for work in made.values():
             work()  # warm: allocations, choice of kernels
         for _ in range(rounds):
             rates.append({name: matmul_rate(device, name) for name in dict.fromkeys(precisions.values())})
             spent.append({name: work() for name, work in made.items()})
-    flops = operations(fresh(place), data.batch(torch.arange(batch_size)))
+    flops = operations(fresh(profile, splits), data.batch(torch.arange(batch_size)))
     rate, times = pd.DataFrame(rates).median(), pd.DataFrame(spent).rename_axis(columns="trainer")
     step = times.median()
     table = pd.DataFrame({"pairs per second": batch_size / step, "ms per update": 1e3 * step})
@@ -198,44 +259,122 @@ def measure(place: Setting, contestants: Mapping[str, Callable] = CONTESTANTS, r
     return table
 
 
+# --- processes of their own: memory, and how tables are filled --------------------------------------------------------
+
+
+def alone(profile: str, contestant: str, steps: str, device: str) -> dict[str, float]:
+    """In a process of its own: {"seconds per update", "peak MB" above the start}; between, it waits for a line of input."""
+    found, plan = resolve_device(device), get_profile(profile)
+    torch.optim.Adam([torch.zeros(1)])  # loads a hundred MB of torch's modules
+    start, splits = peak_mb(found), random_pairs(plan)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        work = contestants(found)[contestant](fresh(plan, splits), splits.train, plan.batch_size, found, int(steps))
+        work()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        spent = sum(work() for _ in range(ALONE)) / ALONE
+    return {"seconds per update": spent, "peak MB": peak_mb(found) - start}
+
+
+def side_by_side(
+    n: int, threads: int, profile: str, device: str = "auto", contestant: str = OURS, steps: int = STEPS
+) -> list[dict[str, float]]:
+    """What `alone` finds in each of n processes that work at the same time, of so many threads each.
+
+    Raises DMVAEError with a process's last words where it fails.
+    """
+    command = [sys.executable, __file__, "--device", device, "--alone", profile, contestant, str(steps)]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    processes = [subprocess.Popen(command, text=True, env=environment, **pipes) for _ in range(n)]
+    try:
+        started = [process.stdout.readline() for process in processes]
+        if all(line == "ready\n" for line in started):
+            for process in processes:
+                process.stdin.write("\n")
+                process.stdin.flush()
+        ends = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, words) in zip(processes, ends):
+        if process.returncode:
+            raise DMVAEError(f"{n} processes, {profile}, {contestant}: one of them failed: {words.strip()[-600:]}")
+    return [json.loads(output.splitlines()[-1]) for output, _ in ends]
+
+
+def runs_per_hour(steps: int, found: Sequence[Mapping[str, float]]) -> float:
+    """How many runs of so many updates processes at this speed finish in an hour, all together."""
+    return sum(3_600 / (steps * process["seconds per update"]) for process in found)
+
+
+def ways_to_fill_a_table(profile: Profile, device: str, cores: int) -> dict[str, float]:
+    """Runs per hour of the profile's DMVAE: one process with a thread for each core, or a process on each core."""
+    ways = {f"1 process of {cores} threads": (1, cores), f"{cores} processes of 1 thread": (cores, 1)}
+    return {way: runs_per_hour(profile.steps, side_by_side(*of, profile.name, device)) for way, of in ways.items()}
+
+
 def bars(table: pd.DataFrame) -> Figure:
-    """`measure`'s pairs per second as bars, each with its share of the machine's matrix-product rate."""
+    """Pairs per second as bars, each with its share of the machine's matrix-product rate: a panel for each network."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    figure, ax = plt.subplots(figsize=(6.0, 0.6 * len(table) + 1.1))
-    drawn = ax.barh(table.index, table["pairs per second"], color=sns.color_palette("colorblind")[: len(table)])
-    ax.bar_label(drawn, [f" {share:.0%}" for share in table["share of matmul rate"]], fontsize="small")
-    ax.set(xlabel="pairs per second (label: share of the matrix-product rate of its precision)")
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
-    ax.grid(False)
-    sns.despine(ax=ax, left=True)
+    networks = table.index.unique(0)
+    figure, axes = plt.subplots(1, len(networks), figsize=(9.0, 0.4 * len(table.loc[networks[0]]) + 1.3), sharey=True)
+    for ax, name in zip(axes, networks):
+        part = table.loc[name]
+        drawn = ax.barh(part.index, part["pairs per second"], color=sns.color_palette("colorblind")[: len(part)])
+        ax.bar_label(drawn, [f" {share:.0%}" for share in part["share of matmul rate"]], fontsize="small")
+        ax.set(xlabel="pairs per second", title=f"networks of {name}")
+        ax.margins(x=0.16)
+        ax.grid(False)
+        sns.despine(ax=ax, left=True)
+    axes[0].invert_yaxis()
+    figure.suptitle("label: share of the matrix-product rate of its precision", fontsize="small", y=0.02)
     figure.tight_layout()
     return figure
 
 
 def main() -> None:
-    options = command_line(__doc__, profile="quick", device="auto", data="data").parse_args()
-    contestants = dict(CONTESTANTS)
-    if find_spec("multivae") is None:
-        print("MultiVae is not installed and left out; `pip install multivae` brings it.", file=sys.stderr)
-        del contestants["MultiVae's trainer"]
+    parser = command_line(__doc__, device="auto")
+    parser.add_argument("--alone", nargs=3, metavar=("PROFILE", "CONTESTANT", "STEPS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
     logging.disable(logging.INFO)  # MultiVae's trainer says much
     try:
-        place = setting(**vars(options))
+        if options.alone:
+            print(json.dumps(alone(*options.alone, options.device)))
+            return
         device = resolve_device(options.device)
-        table = measure(place, contestants)
+        who, cores, tables, ways = contestants(device), os.cpu_count() or 1, {}, {}
+        for missing in {THEIRS} - who.keys():
+            print(f"{missing} is left out; `pip install multivae` brings it.", file=sys.stderr)
+        for profile in map(get_profile, NETWORKS):
+            tables[profile.name] = table = measure(profile, random_pairs(profile), device, who)
+            table["peak MB"] = [
+                side_by_side(1, cores, profile.name, options.device, name)[0]["peak MB"] for name in who
+            ]
+            if device.type == "cpu":
+                ways[profile.name] = ways_to_fill_a_table(profile, options.device, cores)
+        place = setting("quick", device=options.device)
     except DMVAEError as error:
         sys.exit(f"\n{error}")
-    limits = ", ".join(f"{name} {value:.1f}" for name, value in table.attrs.items())
-    updates = f"{STEPS} updates" + (f", {STEPS * LONGER[device.type]:,} of ours" if device.type in LONGER else "")
-    caption = f"Training DMVAE on {where(device)} (batch {place.profile.batch_size}, median of {ROUNDS} rounds of "
-    caption += f"{updates}). {limits}."
+    table = pd.concat(tables, names=["networks"])
+    limits = "; ".join(
+        f"{name}: " + ", ".join(f"{what} {value:.1f}" for what, value in of.attrs.items())
+        for name, of in tables.items()
+    )
+    caption = f"Training DMVAE on {where(device)}, networks and batches of two profiles on random images, "
+    caption += f"median of {ROUNDS} rounds in turn, {STEPS} updates each. {limits}."
+    if "bfloat16" not in caption:
+        caption += " This device multiplies bfloat16 no faster than float32, so that it is left out."
     results = Results(place, "benchmarks/bench.py")
     results.frame("benchmark", table.round(3), caption)
     results.figure("benchmark_bars", bars(table), caption)
     print(f"{caption}\n{table.round(2).to_string()}")
+    if ways:
+        words = f"Runs of DMVAE in an hour on {where(device)}, evaluation aside: how tables are filled fastest."
+        print(f"{words}\n{results.frame('runs_per_hour', pd.DataFrame(ways).T.round(1), words).to_string()}")
 
 
 if __name__ == "__main__":

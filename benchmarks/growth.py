@@ -9,11 +9,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
-from bench import LONGER, seconds_per_update, where
+from bench import LONGER, peak_mb, seconds_per_update, where
 from independent import command_line
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
@@ -61,7 +60,7 @@ def case(against: str, value: int, profile: Profile) -> tuple[MultimodalVAE, Pai
 def point(against: str, value: int, profile: Profile, device: torch.device) -> dict[str, float]:
     """To be measured in a process of its own: ms per update, the median of ROUNDS, and MB at the peak above the start."""
     torch.optim.Adam([torch.zeros(1)])  # loads a hundred MB of torch's modules, which no size changes
-    start = _peak(device)
+    start = peak_mb(device)
     model, data, plan = case(against, value, profile)
 
     def updates(n: int) -> None:
@@ -71,21 +70,7 @@ def point(against: str, value: int, profile: Profile, device: torch.device) -> d
     few = 2 * LONGER.get(device.type, 1)
     n = round(min(25 * few, max(few, STRETCH / max(1e-3, seconds_per_update(updates, few, device)))))
     per_update = statistics.median(seconds_per_update(updates, n, device) for _ in range(ROUNDS))
-    return {"ms per update": 1e3 * per_update, "peak MB": _peak(device) - start}
-
-
-def _peak(device: torch.device) -> float:
-    """MB: of the device's memory allocated at most so far; of the process's resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin with the peak of the process that started this one
-        (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1.024 * int(kilobytes) / 1e3
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else 1.024 * peak / 1e3
+    return {"ms per update": 1e3 * per_update, "peak MB": peak_mb(device) - start}
 
 
 def measure(profile: str, device: str = "auto", axes: Mapping[str, Sequence[int]] = AXES) -> pd.DataFrame:

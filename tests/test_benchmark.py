@@ -1,15 +1,16 @@
 """The benchmark compares like with like: the plain loop computes Eq. 3 as the library does."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from dmvae_lib import PairedData
+from dmvae_lib import DMVAEError, PairedData
 from dmvae_lib.paper.data import Splits
-from dmvae_lib.paper.profiles import Profile, get_profile
+from dmvae_lib.paper.profiles import get_profile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -19,28 +20,19 @@ CPU = torch.device("cpu")
 SMALL = replace(get_profile("smoke"), width=0.125, batch_size=5)
 
 
-def random_pairs(n: int = 30) -> PairedData:
-    torch.manual_seed(0)
-    items = {
-        name: torch.randint(256, (n, *shape)).byte() for name, shape in (("mnist", (1, 28, 28)), ("svhn", (3, 32, 32)))
-    }
-    return PairedData.pair(items, dict.fromkeys(items, torch.arange(n) % 10), permutations=1)
+def few_pairs(n: int = 30) -> PairedData:
+    pairs = bench.random_pairs(SMALL).train
+    first = {name: torch.arange(n) for name in pairs.names}
+    return PairedData(pairs.items, first)
 
 
-@dataclass
-class Place:
-    """A setting of random images."""
-
-    profile: Profile
-    device: str = "cpu"
-
-    def splits(self, data_set) -> Splits:
-        return Splits(random_pairs(), random_pairs(), {}, self.profile.source)
+def splits() -> Splits:
+    return Splits(few_pairs(), few_pairs(), {}, "embedded")
 
 
 def test_operations_are_those_counted_by_hand():
     """A full-size update of 100 pairs: forward passes of encoders (100) and decoders (300), backward twice that."""
-    model = bench.fresh(Place(get_profile("paper")))
+    model = bench.fresh(get_profile("paper"), splits())
     batch = {"mnist": torch.rand(2, 1, 28, 28), "svhn": torch.rand(2, 3, 32, 32)}
     dense = {"mnist": 784 * 256 + 256 * 22, "svhn": 1024 * 512 + 512 * 28}
     sides, channels = (32, 16, 8, 4, 2), (3, 32, 64, 128, 256)
@@ -51,17 +43,16 @@ def test_operations_are_those_counted_by_hand():
     assert bench.operations(model, batch) == 3 * forward - images
 
 
-def test_the_plain_loop_has_the_gradient_of_eq_3_when_nothing_is_drawn(monkeypatch):
+def test_the_plain_loop_has_the_gradient_of_eq_3_when_nothing_is_drawn():
     """Of all pairs in one batch; its gradient is what its first update leaves in `grad`."""
-    monkeypatch.setattr(bench, "STEPS", 1)
-    model, data = bench.fresh(Place(SMALL)), random_pairs()
+    model, data = bench.fresh(SMALL, splits()), few_pairs()
     with torch.no_grad():
         for name, dim in model.private_dims.items():  # posteriors of (almost) no variance: every draw is the mean
             last = model.encoders[name][-1]
             for start, size in ((dim, dim), (2 * dim + model.shared_dim, model.shared_dim)):
                 last.weight[start : start + size] = 0
                 last.bias[start : start + size] = -30.0
-    update = bench.plain_loop(model, data, 30, CPU)
+    update = bench.plain_loop(model, data, 30, CPU, 1)
     model.eval()  # no dropout
     expected = torch.autograd.grad(model.loss(data.batch(torch.arange(30))).total, list(model.parameters()))
     update()
@@ -69,30 +60,45 @@ def test_the_plain_loop_has_the_gradient_of_eq_3_when_nothing_is_drawn(monkeypat
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+def few(precision: str = "float32") -> dict:
+    who = {bench.OURS: bench.ours, "plain data-loader loop": bench.plain_loop}
+    return who if precision == "float32" else {bench.OURS: bench.ours, f"{bench.OURS}, bfloat16": bench.ours}
+
+
 def test_the_table_compares_every_contestant_with_the_machine():
-    few = {name: bench.CONTESTANTS[name] for name in (bench.OURS, "plain data-loader loop")}
-    table = bench.measure(Place(SMALL), few, rounds=1)
-    assert list(table.index) == list(few) and table.loc[bench.OURS, "ours is faster by"] == 1
+    table = bench.measure(SMALL, splits(), CPU, few(), rounds=1, steps=2)
+    assert list(table.index) == list(few()) and table.loc[bench.OURS, "ours is faster by"] == 1
     expected = table["GFLOP/s"] / table.attrs["matmul GFLOP/s, float32"]
     assert (table["share of matmul rate"] / expected).tolist() == pytest.approx([1, 1])
     assert table["pairs per second"].min() > 0
+    assert len(bench.bars(pd.concat({"a": table, "b": table})).axes) == 2
 
 
 def test_each_precision_is_measured_against_its_own_limit(monkeypatch):
-    few = {name: lambda *_: lambda: 0.5 for name in (bench.OURS, f"{bench.OURS}, bfloat16")}
+    who = {name: lambda *_: lambda: 0.5 for name in few("bfloat16")}
     rates = {"float32": 1e9, "bfloat16": 4e9}
     monkeypatch.setattr(bench, "matmul_rate", lambda device, precision: rates[precision])
-    shares = bench.measure(Place(SMALL), few, 1)["share of matmul rate"]
+    shares = bench.measure(SMALL, splits(), CPU, who, 1)["share of matmul rate"]
     assert shares.iloc[0] == pytest.approx(4 * shares.iloc[1])
 
 
-def test_the_contestant_in_bfloat16_trains_in_bfloat16(monkeypatch):
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_bfloat16_takes_part_where_it_is_faster_and_trains_in_it(monkeypatch, faster):
     seen = []
     monkeypatch.setattr(bench, "train", lambda model, data, schedule, device: seen.append(schedule.precision))
-    monkeypatch.setattr(bench, "STEPS", 2)
-    for name in (bench.OURS, f"{bench.OURS}, bfloat16"):
-        bench.CONTESTANTS[name](None, None, 5, CPU)()
-    assert seen == ["float32"] * 2 + ["bfloat16"] * 2
+    monkeypatch.setattr(bench, "resolve_precision", lambda precision, device: faster)
+    for name, who in bench.contestants(CPU).items():
+        if name.startswith(bench.OURS):
+            who(None, None, 5, CPU, 2)()
+    assert seen == ["float32"] * 2 + ["bfloat16"] * 2 * (faster == "bfloat16")
+
+
+def test_processes_side_by_side_fill_tables_by_the_sum_of_their_rates():
+    found = bench.side_by_side(2, 1, "smoke", "cpu", steps=2)
+    assert len(found) == 2 and all(process["seconds per update"] > 0 < process["peak MB"] for process in found)
+    assert bench.runs_per_hour(100, [{"seconds per update": 1.0}, {"seconds per update": 0.5}]) == 36 + 72
+    with pytest.raises(DMVAEError, match="(?s)smoke, nobody: one of them failed: .*KeyError"):
+        bench.side_by_side(1, 1, "smoke", "cpu", "nobody")
 
 
 def test_what_comes_before_the_first_update_is_not_its_time(monkeypatch):

@@ -291,7 +291,7 @@ def provenance(device: str, precision: str) -> dict[str, Any]:
     found = resolve_device(device)
     return {
         "device": torch.cuda.get_device_name(found) if found.type == "cuda" else found.type,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "packages": {package: version(package) for package in PACKAGES},
@@ -301,7 +301,8 @@ def provenance(device: str, precision: str) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor in its own words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
