@@ -8,15 +8,15 @@ DATA    ?= data
 PYTHON  ?= python3
 
 # glibc then keeps the memory of an update's tensors for the next one instead of giving it back after each
-reproduce notebooks bench independent growth: export MALLOC_MMAP_THRESHOLD_ := 33554432
-reproduce notebooks bench independent growth: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+reproduce notebooks bench parity independent growth: export MALLOC_MMAP_THRESHOLD_ := 33554432
+reproduce notebooks bench parity independent growth: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 VENV := .venv
 BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test check bench independent growth stress rehearsal lab site lock clean
+.PHONY: help setup reproduce notebooks test check bench parity gpu independent growth stress rehearsal lab site lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=auto]"
@@ -44,6 +44,12 @@ test: check site  ## ruff, mypy, the site's links, unit tests, then every notebo
 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE)
+
+parity: $(READY)  ## whether training in bfloat16 changes the scores, on validation data (a CPU or GPU that has bfloat16)
+	$(BIN)/python benchmarks/parity.py --profile $(PROFILE) --seeds $(if $(filter 1,$(SEEDS)),3,$(SEEDS)) --device $(DEVICE) --data $(DATA)
+
+gpu: $(READY)  ## the plan for a GPU: golden numbers, speed, five seeds trained as long as the paper's; goes on when called again
+	$(BIN)/python benchmarks/gpu.py --data $(DATA)
 
 independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
 	$(BIN)/python benchmarks/independent.py --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)

@@ -49,7 +49,7 @@ class Schedule:
     precision: of the networks, while they train. "float32"; "bfloat16", where weights, optimiser and the objective's
         own arithmetic stay in float32 (torch.autocast); "auto": bfloat16 where the device multiplies it faster (CPUs
         with avx512_bf16 or AMX, GPUs from compute capability 8.0 on), else float32. On a GPU float32 products of
-        matrices are TensorFloat32's: inputs rounded to 10 bits, sums in float32.
+        matrices are TensorFloat32's, inputs rounded to 10 bits, sums in float32; "float32-exact": they are not.
 
     Raises DMVAEError for counts below 1 (anneal_steps: below 0) and an unknown precision.
     """
@@ -66,8 +66,9 @@ class Schedule:
         for name, least in (("steps", 1), ("batch_size", 1), ("anneal_steps", 0), ("log_every", 1), ("chunks", 1)):
             if getattr(self, name) < least:
                 raise DMVAEError(f"Schedule: {name}={getattr(self, name)}; expected at least {least}.")
-        if self.precision not in ("float32", "bfloat16", "auto"):
-            raise DMVAEError(f"Schedule: precision={self.precision!r}; expected float32, bfloat16 or auto.")
+        if self.precision not in ("float32", "float32-exact", "bfloat16", "auto"):
+            expected = "float32, float32-exact, bfloat16 or auto"
+            raise DMVAEError(f"Schedule: precision={self.precision!r}; expected {expected}.")
 
 
 def model_objective(
@@ -106,7 +107,7 @@ def train(
 
     Batches, dropout, latent samples depend on `seed` alone: torch's global generators are seeded here, anew for each
     evaluation, and given back to the caller as they were. history.attrs: "seconds", the time that all parts of the run
-    took, and "precision", "float32" or "bfloat16".
+    took, and "precision", as `resolve_precision` says.
 
     Raises DMVAEError for values in the first batch that the model cannot take (its `check`), when a term or a weight is
     not finite, naming step and term, and for a checkpoint that is damaged or another run's; the last good one stays.
@@ -135,9 +136,8 @@ def train(
     stop, gpus = False, [device] if device.type == "cuda" else []
     bar = tqdm(total=schedule.steps, initial=state.step, desc=description, unit="step", leave=False)
     with bar, _stop_requests(checkpoint is not None) as requests, torch.random.fork_rng(gpus), ExitStack() as after:
-        after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if gpus:
-            torch.set_float32_matmul_precision("high")
+            after.enter_context(_tensor_float32(state.precision != "float32-exact"))
         state.seed(seed)
         for generator, values in zip(state.generators, state.generator_states):
             generator.set_state(values)
@@ -203,13 +203,26 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16": what "auto" of `Schedule.precision` means on this device."""
+    """`Schedule.precision`, with what "auto" means on this device: "bfloat16" or "float32"."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+
+
+@contextmanager
+def _tensor_float32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU's float32 matrix products and convolutions round their inputs; the caller's settings come back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def batches(data: PairedData, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:

@@ -71,7 +71,7 @@ def test_the_table_compares_every_contestant_with_the_machine():
     expected = table["GFLOP/s"] / table.attrs["matmul GFLOP/s, float32"]
     assert (table["share of matmul rate"] / expected).tolist() == pytest.approx([1, 1])
     assert table["pairs per second"].min() > 0
-    assert len(bench.bars(pd.concat({"a": table, "b": table})).axes) == 2
+    assert len(bench.bars(pd.concat({"a": table, "b": table}), "CPU").axes) == 2
 
 
 def test_each_precision_is_measured_against_its_own_limit(monkeypatch):
@@ -85,7 +85,7 @@ def test_each_precision_is_measured_against_its_own_limit(monkeypatch):
 @pytest.mark.parametrize("faster", ["bfloat16", "float32"])
 def test_bfloat16_takes_part_where_it_is_faster_and_trains_in_it(monkeypatch, faster):
     seen = []
-    monkeypatch.setattr(bench, "train", lambda model, data, schedule, device: seen.append(schedule.precision))
+    monkeypatch.setattr(bench, "train", lambda *_, **options: seen.append(_[2].precision))
     monkeypatch.setattr(bench, "resolve_precision", lambda precision, device: faster)
     for name, who in bench.contestants(CPU).items():
         if name.startswith(bench.OURS):

@@ -5,85 +5,14 @@
 
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
+from golden import GOLDEN, numbers
 
-from dmvae_lib import PairedData
-from dmvae_lib.paper.data import Splits
-from dmvae_lib.paper.profiles import get_profile
-from dmvae_lib.paper.rows import FLOWERS, ROWS
+from dmvae_lib.paper.rows import ROWS
 
-GOLDEN = Path(__file__).with_name("golden.json")
 COMMAND = ".venv/bin/python tests/test_golden.py"
-PROFILE = replace(get_profile("quick"), width=0.125, particles=3, retrieval_hidden=8)
-BATCH = torch.arange(8)
-BETA = 0.5  # so that its place is seen too
-
-
-@contextmanager
-def float64():
-    usual, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_default_dtype(usual)
-        torch.set_num_threads(threads)
-
-
-def splits_of(row) -> Splits:
-    """Noise in the data set's shapes; captions of one to five words."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    if row in FLOWERS:  # more than GMM+HGLMM's projections have dimensions: below, canonical directions are arbitrary
-        tokens = noise(800, 5, 64) - 0.5
-        tokens[torch.arange(5) > torch.arange(800)[:, None] % 5] = 0
-        items = {"image": noise(800, 260), "text": tokens}
-    else:
-        items = {"mnist": noise(12, 1, 28, 28), "svhn": noise(12, 3, 32, 32)}
-    labels = torch.arange(len(next(iter(items.values())))) % 3
-    pairs = PairedData.aligned(items, labels)
-    return Splits(pairs, pairs, {}, PROFILE.source)
-
-
-def numbers(row) -> dict[str, dict[str, float]]:
-    """{"start", "after three steps": {term: value, "gradient": its norm}}, or what a row that is fitted has learnt."""
-    with float64():
-        splits = splits_of(row)
-        torch.manual_seed(0)
-        model = row.build(row.data, splits, **row.arguments(PROFILE)).train()
-        pairs = row.select(splits)
-        batch = {name: items[pairs.index[name][BATCH]] for name, items in pairs.items.items()}
-        if row.fit:
-            mixtures = row.fit(model, pairs, 0)
-            found = {f"log-likelihood of {name}": {"first": h[0], "last": h[-1]} for name, h in mixtures.items()}
-            image, text = model.embed_image(batch["image"]), model.embed_text(batch["text"])
-            products = (image * text).sum(1)  # in which the arbitrary signs of singular vectors cancel
-            return found | {"embeddings": {f"product {i}": value for i, value in enumerate(products.tolist())}}
-        found, rate = {}, None
-        weights = [values for values in model.parameters() if values.requires_grad]
-        for step in range(4):
-            torch.manual_seed(step)
-            terms = row.objective(model, batch, pairs.labels[BATCH], None, BETA)
-            gradients = torch.autograd.grad(terms.total, weights, allow_unused=True)
-            norm = sum(gradient.square().sum() for gradient in gradients if gradient is not None).sqrt().item()
-            rate = rate or 0.1 / norm
-            if step in (0, 3):
-                values = {name: value.item() for name, value in terms.flat().items()}
-                found["start" if step == 0 else "after three steps"] = values | {"gradient": norm}
-            with torch.no_grad():
-                for values, gradient in zip(weights, gradients):
-                    values -= 0 if gradient is None else rate * gradient
-    return found
 
 
 def check(row) -> None:

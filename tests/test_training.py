@@ -16,7 +16,7 @@ from torch import nn
 from dmvae_lib import DMVAE, MVAE, DMVAEError, Modality, PairedData, Schedule, train
 from dmvae_lib.files import read_sealed, write_sealed
 from dmvae_lib.models import Terms
-from dmvae_lib.training import batches, model_objective, resolve_device, resolve_precision
+from dmvae_lib.training import _tensor_float32, batches, model_objective, resolve_device, resolve_precision
 
 PLAN = Schedule(steps=12, batch_size=8, log_every=3)
 
@@ -417,7 +417,7 @@ def test_bad_device_schedule_and_too_few_pairs():
     for name, value in (("steps", 0), ("batch_size", 0), ("log_every", 0), ("chunks", 0), ("anneal_steps", -1)):
         with pytest.raises(DMVAEError, match=f"Schedule: {name}={value}; expected at least"):
             replace(PLAN, **{name: value})
-    with pytest.raises(DMVAEError, match="precision='float16'; expected float32, bfloat16 or auto"):
+    with pytest.raises(DMVAEError, match="precision='float16'; expected float32, float32-exact, bfloat16 or auto"):
         Schedule(1, precision="float16")
 
 
@@ -494,7 +494,8 @@ def test_a_run_goes_on_in_the_precision_it_began_with(tmp_path, monkeypatch, beg
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_float32_on_a_gpu_is_tensor_float32_and_the_callers_setting_comes_back():
+@pytest.mark.parametrize("precision, expected", [("float32", "high"), ("float32-exact", "highest")])
+def test_float32_on_a_gpu_is_tensor_float32_unless_exact_and_the_callers_setting_comes_back(precision, expected):
     seen = []
 
     def objective(*arguments) -> Terms:
@@ -502,9 +503,20 @@ def test_float32_on_a_gpu_is_tensor_float32_and_the_callers_setting_comes_back()
         return model_objective(*arguments)
 
     before, outside = torch.get_float32_matmul_precision(), torch.cuda.get_rng_state()
-    train(model(), data(), PLAN, 0, "cuda", objective=objective)
-    assert set(seen) == {"high"} and torch.get_float32_matmul_precision() == before
+    train(model(), data(), replace(PLAN, precision=precision), 0, "cuda", objective=objective)
+    assert set(seen) == {expected} and torch.get_float32_matmul_precision() == before
     assert torch.equal(torch.cuda.get_rng_state(), outside)
+
+
+def test_how_float32_is_multiplied_is_given_back():
+    def state():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = state()
+    for allowed, expected in ((True, ("high", True)), (False, ("highest", False))):
+        with _tensor_float32(allowed):
+            assert state() == expected
+    assert state() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,75 @@
+"""The plan for a GPU, rehearsed on the CPU at a tiny budget."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu  # noqa: E402
+import parity  # noqa: E402
+
+from dmvae_lib.paper.runs import setting  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_the_golden_numbers_hold_and_another_objective_is_seen(monkeypatch):
+    assert gpu.golden(CPU, ["dmvae", "flowers-gmm-hglmm"])["agrees"].to_dict() == {"dmvae": True}
+    other = replace(gpu.ROWS["dmvae"], options={**gpu.ROWS["dmvae"].options, "without": ["svhn<-mnist"]})
+    monkeypatch.setitem(gpu.ROWS, "dmvae", other)
+    with pytest.raises(KeyError, match="svhn<-mnist"):
+        gpu.golden(CPU, ["dmvae"])
+    monkeypatch.setattr(gpu, "numbers", lambda row, device: {"start": {"total": 1.00001}})
+    monkeypatch.setattr(gpu.json, "loads", lambda text: {"mvae": {"start": {"total": 1.0}}})
+    assert not gpu.golden(CPU, ["mvae"])["agrees"].any()
+
+
+def test_the_seeds_are_trained_side_by_side_leave_entries_and_are_not_trained_twice(tmp_path):
+    command = [sys.executable, gpu.__file__, "--device", "cpu", "--profile", "smoke", "--out", str(tmp_path), "--seeds", "2"]
+    command += ["--updates", "3", "--parts", "train"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    entries = {
+        path.name: json.loads(path.read_text()) for path in (tmp_path / "results/runs").glob("dmvae-long-*.json")
+    }
+    assert entries.keys() == {"dmvae-long-0.json", "dmvae-long-1.json"}
+    for entry in entries.values():
+        assert entry["config"]["schedule"]["steps"] == 3 and entry["config"]["schedule"]["batch_size"] == 100
+    assert "DMVAE, 3 updates of 100, 2 seeds" in printed and (tmp_path / "table.txt").read_text() in printed
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/model.safetensors")}
+    assert gpu.train_seeds(gpu.parser().parse_args(command[2:]), _place(tmp_path), 0.0)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/model.safetensors")}
+
+
+def _place(out):
+    profile = replace(gpu.get_profile("smoke"), writes_results=True, precision="auto")
+    return gpu.Setting(profile, 2, "cpu", Path("data").resolve(), out / "runs", out / "results")
+
+
+def test_speed_has_every_trainer_and_every_number_of_workers():
+    found = gpu.speed(CPU, gpu.get_profile("smoke"), (1,), steps=1)
+    assert list(found["workers"].columns) == ["1 workers"] and (found["workers"] > 0).all(axis=None)
+    assert set(found["workers"].index) <= set(found["trainers"].index)
+
+
+def test_parity_is_judged_by_differences_paired_by_seed_against_the_seeds_spread():
+    """Worked out by hand: differences 1 and 3, spread of float32 the sd of 50 and 54."""
+    shares = {("A", 0): {("joint", "float32"): 0.50, ("joint", "bfloat16"): 0.51}}
+    shares[("A", 1)] = {("joint", "float32"): 0.54, ("joint", "bfloat16"): 0.57}
+    line = parity.compare(pd.DataFrame.from_dict(shares, orient="index")).loc[("A", "Joint")]
+    assert line["difference"] == pytest.approx(2) and line["sd of differences"] == pytest.approx(2**0.5)
+    assert line["sd over seeds"] == pytest.approx(8**0.5) and line["agrees"] == "yes"
+
+
+def test_parity_trains_the_same_runs_in_two_precisions_apart():
+    places = parity.places(setting("smoke", evaluation="validation"))
+    row = parity.ROWS[0]
+    runs = [parity.Run(row, 0, place) for place in places.values()]
+    assert runs[0].config == runs[1].config and runs[0].folder != runs[1].folder
+    assert [row.schedule(place.profile).precision for place in places.values()] == ["float32", "bfloat16"]
