@@ -32,7 +32,18 @@ def test_the_golden_numbers_hold_and_another_objective_is_seen(monkeypatch):
 
 
 def test_the_seeds_are_trained_side_by_side_leave_entries_and_are_not_trained_twice(tmp_path):
-    command = [sys.executable, gpu.__file__, "--device", "cpu", "--profile", "smoke", "--out", str(tmp_path), "--seeds", "2"]
+    command = [
+        sys.executable,
+        gpu.__file__,
+        "--device",
+        "cpu",
+        "--profile",
+        "smoke",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "2",
+    ]
     command += ["--updates", "3", "--parts", "train"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     entries = {

@@ -305,8 +305,8 @@ def test_damaged_files_are_named_with_what_to_do(tmp_path):
 # --- profiles and splits --------------------------------------------------------------------------------------------
 
 
-def test_validation_has_a_place_and_a_curve_of_its_own(tmp_path):
-    place = place_in(tmp_path)
+def test_validation_has_a_place_of_its_own_and_every_run_its_curve_of_validation_scores(tmp_path):
+    place = place_in(tmp_path, validate_every=8)
     validation = Run(ROW, 0, replace(place, evaluation="validation")).train()
     assert validation.folder == tmp_path / "runs" / "toys-validation" / "toy-dmvae-0"
     assert validation.entry_path.parent == validation.folder and not place.results.exists()
@@ -316,6 +316,7 @@ def test_validation_has_a_place_and_a_curve_of_its_own(tmp_path):
     )
     test = Run(ROW, 0, place).train()
     assert same(test.model, validation.model) and test.entry["data"]["test"] != validation.entry["data"]["test"]
+    assert test.entry["curve"] == curve and test.scores != validation.scores
 
 
 def test_a_profile_that_writes_no_results_keeps_its_entries_in_its_folder(tmp_path):

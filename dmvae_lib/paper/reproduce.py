@@ -53,7 +53,7 @@ def runs_of(place: Setting) -> list[Run]:
         place.splits(data)
     judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
     rows = [row for row in ROWS.values() if row not in judges]
-    several = [Run(row, seed, place) for row in rows for seed in range(place.seeds)]
+    several = [Run(row, seed, place) for seed in range(place.seeds) for row in rows]  # a table of few seeds is whole
     return [*(Run(row, 0, place) for row in judges), *several, *(Run(row, 0, place) for row in curve)]
 
 
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the data files")
     who = "who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto"
     parser.add_argument("--scheduler", default="auto", help=who)
+    names = "train these rows (none: all of them) and stop there: no notebooks, no comparison"
+    parser.add_argument("--train", nargs="*", metavar="ROW", choices=ROWS, help=names)
     parser.add_argument("--in-place", action="store_true", help="profile quick; executed notebooks go into notebooks/")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
     options = parser.parse_args()
@@ -207,7 +209,12 @@ def main() -> None:
                     shutil.copyfile(place.results / "notebooks" / source.name, temporary)
         else:
             place = setting(options.profile, options.seeds, options.device, options.data)
-            reproduce(place, None if options.scheduler == "none" else options.scheduler)
+            scheduler = None if options.scheduler == "none" else options.scheduler
+            if options.train is None:
+                reproduce(place, scheduler)
+            else:
+                runs = runs_of(place)
+                train_all([run for run in runs if not options.train or run.row.name in options.train], scheduler)
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

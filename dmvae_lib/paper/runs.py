@@ -244,10 +244,14 @@ class Run:
         else:
             schedule = row.schedule(place.profile)
             # A curve of scores is for choices, so on the validation split alone.
-            validate = None if place.evaluation == "test" else lambda model: row.evaluate(trained)["scores"]
+            watched = replace(self, setting=replace(place, evaluation="validation"))
+            watched.__dict__["model"] = model
+            every, validate = place.profile.validate_every, None
+            if every or place.evaluation == "validation":
+                validate = lambda model: row.evaluate(watched)["scores"]  # noqa: E731
             history = train(
                 model, pairs, schedule, self.seed, place.device, self.folder, row.objective, str(self),
-                identity=identity, evaluate=validate, evaluate_every=ceil(schedule.steps / 5),
+                identity=identity, evaluate=validate, evaluate_every=every,
             )  # fmt: skip
         with atomic_write(self.folder / WEIGHTS) as temporary:  # safetensors' own writer hides a full disk's errno
             temporary.write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
@@ -272,7 +276,7 @@ class Run:
 
 
 def _curve(history: pd.DataFrame, scores: dict[str, float], most: int = 25) -> dict[str, list]:
-    """The loss and, where they were measured, the scores by updates: {"updates": [...], "total": [...], ...}."""
+    """The loss and, where they were measured, the scores on the validation split by updates: {"updates": [...], ...}."""
     shown = history[[name for name in ("total", *scores) if name in history]]
     measured = shown.drop(columns="total", errors="ignore").dropna()
     if measured.shape[1]:

@@ -58,7 +58,8 @@ def load(
         "subset" (MNIST in full and the first 10,000 SVHN test images, 8,000 to train and 2,000 to test) or
         "full" (MNIST and SVHN, fetched into `root` where missing).
     evaluation: "test", or "validation": the last tenth of each modality's training images is then held out as `test`,
-        for choices that must not see the test images.
+        for choices that must not see the test images. Of "subset" it is left out of training either way, so that every
+        run has a curve of validation scores.
     cache, device: not needed for digits.
 
     Raises DMVAEError for an unknown source or evaluation and for files that are missing or damaged; no source stands
@@ -68,12 +69,13 @@ def load(
         if value not in known:
             raise DMVAEError(f"digits: unknown {what} {value!r}; expected one of {', '.join(known)}.")
     whole = _read(source, Path(root))
-    if evaluation == "validation":
+    if evaluation == "validation" or source == "subset":
         # The versions of one embedded digit stay together: none may be trained on and another evaluated.
         together = VERSIONS if source == "embedded" else 1
-        for name, (train, _) in whole.items():
+        for name, (train, test) in whole.items():
             kept = len(train[1]) - len(train[1]) // 10
-            whole[name] = _cut(train, kept + -kept % together)
+            train, held = _cut(train, kept + -kept % together)
+            whole[name] = train, held if evaluation == "validation" else test
 
     def paired(part: int) -> PairedData:
         images, labels = ({name: parts[part][i] for name, parts in whole.items()} for i in (0, 1))
