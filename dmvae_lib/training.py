@@ -120,7 +120,9 @@ def train(
     state = _State(model, optimiser, _generators(device), resolve_precision(schedule.precision, device))
     checkpoint = None if directory is None else Path(directory) / "checkpoint.pt"
     if checkpoint is not None:
-        about = {"schedule": {name: value for name, value in asdict(schedule).items() if name != "precision"}}
+        about: dict[str, Any] = {
+            "schedule": {name: value for name, value in asdict(schedule).items() if name != "precision"}
+        }
         about |= {"seed": seed, "identity": identity, "evaluate_every": evaluate_every}
         state.about = about | {"data": data.fingerprint}
         if checkpoint.exists():
