@@ -216,7 +216,7 @@ def test_fingerprint_depends_on_every_value_and_on_nothing_else():
         ({"items": {"a": torch.tensor(1.0)}}, r"expected numbers \(N, ...\)"),
         ({"items": {"a": items_of(A)[:, 0]}}, r"expected .*uint8 images \(N, C, H, W\)"),
         ({"items": {"b": torch.full((7, 2), float("nan"))}}, "12 values of 'b' are not finite, first in item 0"),
-        ({"item_labels": {"a": A.int()}}, "torch.int32; expected a tensor, 1-D and torch.int64"),
+        ({"item_labels": {"a": A.float()}}, r"labels of 'a': torch.float32 of shape \(9,\); expected integers"),
         ({"item_labels": {"a": (A + 1) % 3}}, "disagree on the class in 12 of 12 pairs"),
         ({"index": {"a": torch.full((12,), 9)}}, "from 9 to 9; expected 0 to 8"),
         ({"index": {"a": torch.full((12,), -1)}}, "from -1 to -1; expected 0 to 8"),
@@ -233,10 +233,23 @@ def test_parts_that_do_not_fit_are_named(changes, message):
         paired(**changes)
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([12]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(0)])
+@pytest.mark.parametrize("rows", [torch.tensor([12]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(0), ["x"]])
 def test_rows_outside_the_data_are_an_error(rows):
     with pytest.raises(DMVAEError, match="batch: rows"):
         paired().batch(rows)
+
+
+def test_indices_labels_and_rows_may_be_any_integers():
+    expected, lists = (
+        paired(),
+        paired(
+            index={name: index.tolist() for name, index in paired().index.items()},
+            item_labels={"a": A.int(), "b": B.numpy().astype("uint8")},
+        ),
+    )
+    assert lists.fingerprint == expected.fingerprint
+    for rows in ([4, 0], np.array([4, 0]), range(4, -1, -4), torch.tensor([4, 0], dtype=torch.int32)):
+        assert torch.equal(lists.batch(rows)["b"], expected.batch(torch.tensor([4, 0]))["b"])
 
 
 @given(LABELS, st.data())
@@ -346,6 +359,7 @@ def test_changes_of_a_private_memory_map_survive(tmp_path):
         ({"a": [1.0, 2.0]}, r"list; expected a tensor or an array.*torch.stack\(items\) or np.stack"),
         ({"a": pd.DataFrame({"x": [1.0]})}, r"DataFrame; expected .*frame.to_numpy\(\)"),
         ({"a": pd.Series([1.0])}, r"Series; expected .*frame.to_numpy\(\)"),
+        ({"a": np.ma.masked_invalid([[1.0], [np.nan]])}, r"MaskedArray .*Pass x.data, and observed="),
         (
             {"a": TensorDataset(torch.rand(2, 1))},
             "TensorDataset; .*Stack the data set's items into one tensor or array",
