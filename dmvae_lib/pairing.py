@@ -377,15 +377,15 @@ def _take(items: Items, rows: Tensor | slice) -> Tensor:
     if isinstance(items, Tensor):
         return items[rows]
     chosen = items[rows].copy() if isinstance(rows, slice) else items[rows.cpu().numpy()]  # which is a copy already
-    return torch.from_numpy(chosen.astype(items.dtype.newbyteorder("="), copy=False))
+    mapped = getattr(items, "_mmap", None)
+    # Pages that were read stay in the system's cache but leave this process; a private map ("c") may hold changes.
+    if mapped is not None and items.mode != "c" and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return torch.from_numpy(np.asarray(chosen).astype(items.dtype.newbyteorder("="), copy=False))
 
 
 def _blocks(items: Items) -> Iterator[tuple[int, Tensor]]:
     """All rows in order, some BLOCK bytes at a time: (number of the first row, rows)."""
     step = max(1, BLOCK * len(items) // max(1, items.nbytes))
-    mapped = getattr(items, "_mmap", None)
     for start in range(0, len(items), step):
         yield start, _take(items, slice(start, start + step))
-        # Pages that were read stay in the system's cache but leave this process; a private map ("c") may hold changes.
-        if mapped is not None and items.mode != "c" and hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_DONTNEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,10 +12,9 @@ import torch.nn.functional as F
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.pairing import PairedData, pair_many
 from dmvae_lib.paper.data import Splits
+from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows.digits import DMVAE_ROW, MVAE_ROW
 from dmvae_lib.paper.rows.row import Row
-
-SHARES = (0.5, 0.2, 0.05)  # of complete observations, beside all of them
 
 
 def complete_in_part(splits: Splits, share: float, alone: bool = False) -> PairedData:
@@ -45,22 +45,20 @@ def complete_in_part(splits: Splits, share: float, alone: bool = False) -> Paire
     return PairedData(pairs.items, {name: rows[order] for name, rows in index.items()}, pairs.item_labels, observed)
 
 
-def _with_gaps(row: Row, alone: bool = False) -> dict[float, Row]:
-    """{share of complete observations: the row}, all of them first."""
-    kind, what = ("alone", "complete pairs alone") if alone else ("gaps", "all observations")
-    return {1.0: row} | {
-        share: replace(
-            row,
-            name=f"{row.name}-{kind}-{100 * share:g}",
-            title=f"{row.title}, {share:.0%} complete, {what}",
-            select=partial(complete_in_part, share=share, alone=alone),
-        )
-        for share in SHARES
+def _by_share(row: Row, shares: Sequence[float], kind: str, alone: bool = False) -> dict[float, Row]:
+    rows = {1.0: row}
+    for share in shares:
+        name, title = f"{row.name}-{kind}-{100 * share:g}", f"{row.title}, {share:.0%} complete"
+        select = partial(complete_in_part, share=share, alone=alone)
+        rows[share] = replace(row, name=name, title=f"{title}, these alone" if alone else title, select=select)
+    return rows
+
+
+def incomplete(profile: Profile) -> dict[str, dict[float, Row]]:
+    """{what is trained on what: {share of complete observations: row}}: Table 1's rows first, then the profile's shares.
+    All rows have the same updates, batches and evaluation as Table 1's."""
+    return {
+        "DMVAE, all observations": _by_share(DMVAE_ROW, profile.complete, "gaps"),
+        "MVAE, all observations": _by_share(MVAE_ROW, profile.complete, "gaps"),
+        "DMVAE, complete ones alone": _by_share(DMVAE_ROW, profile.complete, "alone", alone=True),
     }
-
-
-INCOMPLETE = {  # {what is trained on what: {share: row}}
-    "DMVAE, all observations": _with_gaps(DMVAE_ROW),
-    "MVAE, all observations": _with_gaps(MVAE_ROW),
-    "DMVAE, complete pairs alone": _with_gaps(DMVAE_ROW, alone=True),
-}
