@@ -27,7 +27,6 @@ from dmvae_lib import DMVAEError, Schedule
 from dmvae_lib.files import atomic_write
 from dmvae_lib.paper.profiles import Profile, get_profile
 from dmvae_lib.paper.published import TABLE1
-from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.rows.digits import DMVAE_ROW, judges, updates
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting
@@ -36,7 +35,7 @@ from dmvae_lib.training import resolve_device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from golden import GOLDEN, numbers  # noqa: E402
+from golden import GOLDEN, ROWS, numbers  # noqa: E402
 
 UPDATES, BATCH = 168_000, 100  # the paper's: ten epochs of 1.68 million pairs
 WORKERS = (1, 4, 8, 16)

@@ -54,7 +54,8 @@ def pair_many(
     if not labels:
         raise DMVAEError("pair_many: no labels; give a mapping from each data set's name to its labels.")
     of_class: dict[str, dict[int, Tensor]] = {}  # the indices of each class
-    for name, values in ((name, _as_labels(name, values)) for name, values in labels.items()):
+    for name, given in labels.items():
+        values = _integers(f"the labels of {name!r}", given).cpu()
         classes, sizes = values.unique(return_counts=True)
         of_class[name] = dict(zip(classes.tolist(), values.argsort(stable=True).split(sizes.tolist())))
 
@@ -98,20 +99,24 @@ class PairedData:
 
     def __post_init__(self):
         _check_kinds(self.items)
-        for part, values in (("labels", self.item_labels), ("index", self.index)):
-            if values is not None and set(values) != set(self.items):
-                named = f"items of {sorted(self.items)}, {part} of {sorted(values)}"
+        device = _device(self.items)
+        for part in ("index", "item_labels"):
+            if (given := getattr(self, part)) is None:
+                continue
+            if set(given) != set(self.items):
+                named = f"items of {sorted(self.items)}, {part} of {sorted(given)}"
                 raise DMVAEError(f"PairedData: {named}; both must name the same modalities.")
-            for name, tensor in (values or {}).items():
-                what, n = f"PairedData: the {part} of {name!r}", len(self.items[name])
-                _check_integers(what, tensor, n if part == "index" else None)
-                if part == "labels" and len(tensor) != n:
-                    raise DMVAEError(
-                        f"{what}: labels and items of different length, {len(tensor)} and {n}; give one per item."
-                    )
+            values = {}
+            for name, n in ((name, len(x)) for name, x in self.items.items()):
+                what = f"PairedData: the {part.removeprefix('item_')} of {name!r}"
+                values[name] = _integers(what, given[name], n if part == "index" else None).to(device)
+                if part == "item_labels" and len(values[name]) != n:
+                    lengths = f"{len(values[name])} and {n}"
+                    raise DMVAEError(f"{what}: labels and items of different length, {lengths}; give one per item.")
+            object.__setattr__(self, part, values)
         lengths = {name: len(index) for name, index in self.index.items()}
-        if len(set(lengths.values())) > 1 or 0 in lengths.values():
-            raise DMVAEError(f"PairedData: indices of length {lengths}; all must have one length, at least 1.")
+        if len(set(lengths.values())) > 1:
+            raise DMVAEError(f"PairedData: indices of length {lengths}; all must have one length.")
         for name in self.names[1:] if self.item_labels is not None else ():
             wrong = (self.item_labels[name][self.index[name]] != self.labels).nonzero().flatten()
             if len(wrong):
@@ -122,7 +127,7 @@ class PairedData:
         # Every modality gets its mask, or none has one: what is missing is written in one way.
         object.__setattr__(self, "observed", _masks(self.observed, self.index))
         for name, items in self.items.items():
-            needed = torch.zeros(len(items), dtype=torch.bool, device=self.device)
+            needed = torch.zeros(len(items), dtype=torch.bool, device=device)
             needed[self.index[name] if self.observed is None else self.index[name][self.observed[name]]] = True
             _check_finite(name, items, needed)
 
@@ -137,10 +142,7 @@ class PairedData:
     ) -> PairedData:
         """The items paired by `pair_many`; same arguments and errors, and those of PairedData."""
         _check_kinds(items)
-        labels = {name: _as_labels(name, values) for name, values in item_labels.items()}
-        index = pair_many(labels, permutations, max_per_class, seed)
-        device = _device(items)
-        return cls(dict(items), *({name: x.to(device) for name, x in part.items()} for part in (index, labels)))
+        return cls(dict(items), pair_many(item_labels, permutations, max_per_class, seed), dict(item_labels))
 
     @classmethod
     def aligned(
@@ -156,10 +158,8 @@ class PairedData:
                 f"PairedData.aligned: {lengths} rows; row i of every modality must be one observation. Fill missing "
                 "rows and name them in `observed`; for unpaired items of known classes see PairedData.pair."
             )
-        rows = torch.arange(next(iter(lengths.values())), device=_device(items))
-        item_labels = None
-        if labels is not None:
-            item_labels = dict.fromkeys(items, _as_labels("the observations", labels).to(rows.device))
+        rows = torch.arange(next(iter(lengths.values())))
+        item_labels = None if labels is None else dict.fromkeys(items, labels)
         return cls(dict(items), dict.fromkeys(items, rows), item_labels, observed)
 
     def __len__(self) -> int:
@@ -179,11 +179,11 @@ class PairedData:
         """(P,), the class of each observation, or None."""
         return None if self.item_labels is None else self.item_labels[self.names[0]][self.index[self.names[0]]]
 
-    def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """The observations `rows`, (B,) LongTensor: {name: (B, ...) float32}; uint8 images scaled to [0, 1].
-        A missing item is all zeros. Raises DMVAEError for rows of another dtype and, on the CPU, out of range; on an
-        accelerator looking at them would make every training step wait."""
-        _check_integers("batch: rows", rows, len(self) if rows.device.type == "cpu" else None)
+    def batch(self, rows: Labels) -> dict[str, Tensor]:
+        """The observations `rows`, (B,) integers: {name: (B, ...) float32}; uint8 images scaled to [0, 1].
+        A missing item is all zeros. Raises DMVAEError for what are no integers and, on the CPU, for rows out of range;
+        on an accelerator looking at them would make every training step wait."""
+        rows = _integers("batch: rows", rows, len(self) if self.device.type == "cpu" else None)
         batch = {name: _take(items, self.index[name][rows]).to(self.device) for name, items in self.items.items()}
         batch = {name: x.float() / 255 if x.dtype == torch.uint8 else x.float() for name, x in batch.items()}
         for name, there in (self.masks(rows) or {}).items():
@@ -283,25 +283,25 @@ def _device(items: Mapping[str, Items]) -> torch.device:
     return next((values.device for values in items.values() if isinstance(values, Tensor)), torch.device("cpu"))
 
 
-def _as_labels(name: str, labels: Labels) -> Tensor:
-    """(N,) int64 on the CPU, or DMVAEError."""
+def _integers(what: str, values: Labels, n: int | None = None) -> Tensor:
+    """(N,) int64, or DMVAEError for anything else and, unless n is None, for values outside 0 to n - 1."""
     try:
-        values = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
+        found = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
-        raise DMVAEError(f"the labels of {name!r} are no array of integers ({error}); give one per item.") from error
-    kind = values.dtype
-    if values.dim() != 1 or not len(values) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        found = f"{kind} of shape {tuple(values.shape)}"
-        raise DMVAEError(f"the labels of {name!r}: {found}; expected integers (N,), one per item.")
-    return values.cpu().long()
-
-
-def _check_integers(what: str, values: Tensor, n: int | None) -> None:
-    """DMVAEError for what is no tensor (N,) of int64, or, unless n is None, has values outside 0 to n - 1."""
-    if not isinstance(values, Tensor) or values.dtype != torch.int64 or values.dim() != 1:
-        raise DMVAEError(f"{what}: {_described(values)}; expected a tensor, 1-D and torch.int64.")
-    if n is not None and len(values) and not 0 <= int(values.min()) <= int(values.max()) < n:
-        raise DMVAEError(f"{what}: from {int(values.min())} to {int(values.max())}; expected 0 to {n - 1}.")
+        advice = "number names by np.unique(names, return_inverse=True)[1]"
+        raise DMVAEError(f"{what} are no array of integers ({str(error)[:60]} …); {advice}.") from error
+    if (
+        found.dim() != 1
+        or not len(found)
+        or found.dtype == torch.bool
+        or found.is_floating_point()
+        or found.is_complex()
+    ):
+        raise DMVAEError(f"{what}: {found.dtype} of shape {tuple(found.shape)}; expected integers (N,), at least 1.")
+    found = found.long()
+    if n is not None and not 0 <= int(found.min()) <= int(found.max()) < n:
+        raise DMVAEError(f"{what}: from {int(found.min())} to {int(found.max())}; expected 0 to {n - 1}.")
+    return found
 
 
 def _masks(observed: Mapping[str, Tensor] | None, index: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -326,12 +326,12 @@ def _masks(observed: Mapping[str, Tensor] | None, index: Mapping[str, Tensor]) -
 
 def _check_kinds(items: Mapping[str, Items]) -> None:
     """DMVAEError for what is no {name: numbers (N, ...)} that an encoder takes, with what to pass instead."""
-    expected = "expected {name: tensor or array (N, ...)}, at least one modality."
     if not isinstance(items, Mapping) or not items:
+        expected = "expected {name: tensor or array (N, ...)}, at least one modality."
         raise DMVAEError(f"PairedData: items are a {type(items).__name__}; {expected}{_advice(items)}")
     for name, values in items.items():
         found = f"PairedData: items of {name!r}: {_described(values)}"
-        if not isinstance(values, Tensor | np.ndarray):
+        if not isinstance(values, Tensor | np.ndarray) or isinstance(values, np.ma.MaskedArray):
             raise DMVAEError(f"{found}; expected a tensor or an array (N, ...).{_advice(values)}")
         try:
             dtype = _take(values, slice(0, 0)).dtype
@@ -348,6 +348,8 @@ def _check_kinds(items: Mapping[str, Items]) -> None:
 def _advice(value) -> str:
     if isinstance(value, DataLoader | Dataset):
         return " Stack the data set's items into one tensor or array, as torch.stack([item for item, _ in data_set])."
+    if isinstance(value, np.ma.MaskedArray):
+        return " Pass x.data, and observed={name: ~np.ma.getmaskarray(x).any(1)}."
     if type(value).__module__.startswith("pandas"):
         return " Pass frame.to_numpy()."
     return " Stack them: torch.stack(items) or np.stack(items)." if isinstance(value, list | tuple) else ""
@@ -366,7 +368,7 @@ def _check_finite(name: str, items: Items, needed: Tensor) -> None:
                 first = first if count else start + int(wrong.nonzero()[0])
                 count += int(wrong.sum())
     if count:
-        repair = "repair or remove those items, or say with `observed` that they are missing"
+        repair = "repair or remove those items, or name them as missing: observed={name: np.isfinite(x).all(1)}"
         raise DMVAEError(f"PairedData: {count} values of {name!r} are not finite, first in item {first}; {repair}.")
 
 
@@ -375,15 +377,15 @@ def _take(items: Items, rows: Tensor | slice) -> Tensor:
     if isinstance(items, Tensor):
         return items[rows]
     chosen = items[rows].copy() if isinstance(rows, slice) else items[rows.cpu().numpy()]  # which is a copy already
-    return torch.from_numpy(chosen.astype(items.dtype.newbyteorder("="), copy=False))
+    mapped = getattr(items, "_mmap", None)
+    # Pages that were read stay in the system's cache but leave this process; a private map ("c") may hold changes.
+    if mapped is not None and items.mode != "c" and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return torch.from_numpy(np.asarray(chosen).astype(items.dtype.newbyteorder("="), copy=False))
 
 
 def _blocks(items: Items) -> Iterator[tuple[int, Tensor]]:
     """All rows in order, some BLOCK bytes at a time: (number of the first row, rows)."""
     step = max(1, BLOCK * len(items) // max(1, items.nbytes))
-    mapped = getattr(items, "_mmap", None)
     for start in range(0, len(items), step):
         yield start, _take(items, slice(start, start + step))
-        # Pages that were read stay in the system's cache but leave this process; a private map ("c") may hold changes.
-        if mapped is not None and items.mode != "c" and hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_DONTNEED)

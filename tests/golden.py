@@ -10,12 +10,14 @@ from torch.overrides import TorchFunctionMode
 from dmvae_lib import PairedData
 from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.profiles import get_profile
-from dmvae_lib.paper.rows import FLOWERS
+from dmvae_lib.paper.rows import FLOWERS, incomplete
+from dmvae_lib.paper.rows import ROWS as TABLES
 
 GOLDEN = Path(__file__).with_name("golden.json")
 PROFILE = replace(get_profile("quick"), width=0.125, particles=3, retrieval_hidden=8)
 BATCH = torch.arange(8)
 BETA = 0.5  # so that its place is seen too
+ROWS = TABLES | {row.name: row for rows in incomplete(get_profile("paper")).values() for row in rows.values()}
 
 
 @contextmanager
@@ -70,7 +72,9 @@ def numbers(row, device="cpu") -> dict[str, dict[str, float]]:
         torch.manual_seed(0)
         model = row.build(row.data, splits, **row.arguments(PROFILE)).train().to(device)
         pairs = row.select(splits).to(device)
-        batch = {name: items[pairs.index[name][BATCH.to(device)]] for name, items in pairs.items.items()}
+        rows = BATCH[: len(pairs)].to(device)
+        labels, there = pairs.labels[rows], pairs.masks(rows)
+        batch = {name: items[pairs.index[name][rows]] for name, items in pairs.items.items()}
         if row.fit:
             mixtures = row.fit(model, pairs, 0)
             found = {f"log-likelihood of {name}": {"first": h[0], "last": h[-1]} for name, h in mixtures.items()}
@@ -81,7 +85,7 @@ def numbers(row, device="cpu") -> dict[str, dict[str, float]]:
         weights = [values for values in model.parameters() if values.requires_grad]
         for step in range(4):
             torch.manual_seed(step)
-            terms = row.objective(model, batch, pairs.labels[BATCH.to(device)], None, BETA)
+            terms = row.objective(model, batch, labels, there, BETA)
             gradients = torch.autograd.grad(terms.total, weights, allow_unused=True)
             norm = sum(gradient.square().sum() for gradient in gradients if gradient is not None).sqrt().item()
             rate = rate or 0.1 / norm

@@ -8,9 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from golden import GOLDEN, numbers
-
-from dmvae_lib.paper.rows import ROWS
+from golden import GOLDEN, ROWS, numbers
 
 COMMAND = ".venv/bin/python tests/test_golden.py"
 

@@ -33,18 +33,28 @@ def model_of(kind, names, nets, **options):
     return kind(modalities, SHARED, **options).double()
 
 
-def incomplete(n, items=9, seed=0):
-    """Random values and masks, something observed of every item; the missing values are NaN."""
+def with_gaps(masks, seed=0):
+    """Random values of modalities a, b, …, of which those that the masks, (N, B), leave out are NaN; and the masks."""
     generator = torch.Generator().manual_seed(seed)
-    names = NAMES[:n]
-    batch = {name: torch.randn(items, FEATURES, generator=generator, dtype=torch.float64) for name in names}
-    masks = torch.rand(n, items, generator=generator) < 0.5
+    observed = dict(zip(NAMES, masks))
+    batch = {n: torch.randn(len(mask), FEATURES, generator=generator).double() for n, mask in observed.items()}
+    return {n: x.masked_fill(~observed[n][:, None], math.nan) for n, x in batch.items()}, observed
+
+
+def incomplete(n, items=9, seed=0):
+    """Random masks, something observed of every item, one item complete."""
+    masks = torch.rand(n, items, generator=torch.Generator().manual_seed(seed)) < 0.5
     masks[torch.arange(items) % n, torch.arange(items)] = True
-    masks[:, 0] = True  # one complete item
-    observed = dict(zip(names, masks))
-    for name in names:
-        batch[name][~observed[name]] = math.nan
-    return batch, observed
+    masks[:, 0] = True
+    return with_gaps(masks, seed)
+
+
+def never_together(a, b):
+    """Three modalities of which two never meet: each item has one of them, and the third or not."""
+    item = torch.arange(9)
+    masks = (item % 3 > 0).repeat(3, 1)
+    masks[a], masks[b] = item % 2 == 0, item % 2 == 1
+    return with_gaps(masks)
 
 
 @pytest.fixture
@@ -61,12 +71,19 @@ def noise(monkeypatch):
     monkeypatch.setattr(Laplace, "rsample", fixed)
 
 
+CASES = {f"random masks, N = {n}": incomplete(n) for n in range(1, 6)}
+CASES |= {f"{NAMES[a]} and {NAMES[b]} never meet": never_together(a, b) for a, b in combinations(range(3), 2)}
+CASES["each item has one of three"] = with_gaps(torch.eye(3).repeat(1, 3).bool())
+
+
 @pytest.mark.parametrize("kind", [DMVAE, MVAE, MMVAE])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
-def test_the_loss_is_that_of_each_items_own_sub_model(kind, n, noise):
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_is_that_of_each_items_own_sub_model(kind, case, noise):
     """An item with the modalities O observed counts what the model of O alone would; with one, its self-reconstruction."""
+    batch, observed = CASES[case]
+    n = len(batch)
     nets = {name: networks(kind, name) for name in NAMES[:n]}
-    model, (batch, observed) = model_of(kind, NAMES[:n], nets), incomplete(n)
+    model = model_of(kind, NAMES[:n], nets)
     terms, by_item = model.loss(batch, observed, beta=0.7), []
     for i in range(len(batch["a"])):
         names = [name for name in NAMES[:n] if observed[name][i]]
@@ -74,8 +91,9 @@ def test_the_loss_is_that_of_each_items_own_sub_model(kind, n, noise):
         item_model = model_of(kind, names, nets, **({"without": without} if without else {}))
         by_item.append(item_model.loss({name: batch[name][i : i + 1] for name in names}, beta=0.7).total)
     torch.testing.assert_close(terms.total, torch.stack(by_item).mean(), rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(terms.total, list(model.encoders.parameters()), allow_unused=True)
-    expected = torch.autograd.grad(torch.stack(by_item).mean(), list(model.encoders.parameters()), allow_unused=True)
+    weights = [*model.encoders.parameters(), *model.decoders.parameters()]
+    found = torch.autograd.grad(terms.total, weights, materialize_grads=True)
+    expected = torch.autograd.grad(torch.stack(by_item).mean(), weights, materialize_grads=True)
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -127,15 +145,37 @@ def test_missing_values_touch_neither_loss_nor_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", [DMVAE, MVAE, MMVAE])
-def test_pairs_that_are_never_complete_train_all_networks(kind):
-    """Three modalities, each item with two: no item is whole, and every pair of modalities meets."""
+@pytest.mark.parametrize("a, b", combinations(range(3), 2))
+def test_two_modalities_that_never_meet_train_all_networks_through_the_third(kind, a, b):
     model = model_of(kind, NAMES[:3], {name: networks(kind, name) for name in NAMES[:3]})
-    observed = {name: torch.ones(6, dtype=torch.bool) for name in NAMES[:3]}
-    for i, name in enumerate(NAMES[:3] * 2):
-        observed[name][i] = False
-    batch = {name: torch.randn(6, FEATURES, dtype=torch.float64) for name in NAMES[:3]}
-    model.loss(batch, observed).total.backward()
+    terms = model.loss(*never_together(a, b))
+    terms.total.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoders.parameters())
+    if kind is DMVAE:  # no item has a bound between the two
+        crossed = [terms.flat()[f"log_likelihood({NAMES[i]}<-{NAMES[j]})"] for i, j in ((a, b), (b, a))]
+        assert all(value == 0 for value in crossed)
+
+
+@pytest.mark.parametrize("kind", [DMVAE, MVAE, MMVAE])
+def test_networks_see_what_counts_and_nothing_else(kind):
+    """Nothing that is missing, and no reconstruction from what is missing, comes into a batch norm or costs time."""
+    model, (batch, observed) = (
+        model_of(kind, NAMES[:2], {name: networks(kind, name) for name in NAMES[:2]}),
+        incomplete(2),
+    )
+    seen = {}
+    for part in ("encoders", "decoders"):
+        for name, network in getattr(model, part).items():
+            network.register_forward_hook(
+                lambda _, x, y, key=(part, name): seen.update({key: seen.get(key, 0) + len(y)})
+            )
+    model.loss(batch, observed)
+    both = int((observed["a"] & observed["b"]).sum())
+    for name in "ab":
+        there = int(observed[name].sum())
+        alone = there - both
+        counted = {DMVAE: alone + 3 * both, MVAE: alone + 2 * both, MMVAE: 4 * (alone + 2 * both)}[kind]
+        assert seen["encoders", name] == there and seen["decoders", name] == counted
 
 
 def test_a_batch_that_lacks_a_modality_altogether():

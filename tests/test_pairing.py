@@ -216,7 +216,7 @@ def test_fingerprint_depends_on_every_value_and_on_nothing_else():
         ({"items": {"a": torch.tensor(1.0)}}, r"expected numbers \(N, ...\)"),
         ({"items": {"a": items_of(A)[:, 0]}}, r"expected .*uint8 images \(N, C, H, W\)"),
         ({"items": {"b": torch.full((7, 2), float("nan"))}}, "12 values of 'b' are not finite, first in item 0"),
-        ({"item_labels": {"a": A.int()}}, "torch.int32; expected a tensor, 1-D and torch.int64"),
+        ({"item_labels": {"a": A.float()}}, r"labels of 'a': torch.float32 of shape \(9,\); expected integers"),
         ({"item_labels": {"a": (A + 1) % 3}}, "disagree on the class in 12 of 12 pairs"),
         ({"index": {"a": torch.full((12,), 9)}}, "from 9 to 9; expected 0 to 8"),
         ({"index": {"a": torch.full((12,), -1)}}, "from -1 to -1; expected 0 to 8"),
@@ -233,10 +233,23 @@ def test_parts_that_do_not_fit_are_named(changes, message):
         paired(**changes)
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([12]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(0)])
+@pytest.mark.parametrize("rows", [torch.tensor([12]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor(0), ["x"]])
 def test_rows_outside_the_data_are_an_error(rows):
     with pytest.raises(DMVAEError, match="batch: rows"):
         paired().batch(rows)
+
+
+def test_indices_labels_and_rows_may_be_any_integers():
+    expected, lists = (
+        paired(),
+        paired(
+            index={name: index.tolist() for name, index in paired().index.items()},
+            item_labels={"a": A.int(), "b": B.numpy().astype("uint8")},
+        ),
+    )
+    assert lists.fingerprint == expected.fingerprint
+    for rows in ([4, 0], np.array([4, 0]), range(4, -1, -4), torch.tensor([4, 0], dtype=torch.int32)):
+        assert torch.equal(lists.batch(rows)["b"], expected.batch(torch.tensor([4, 0]))["b"])
 
 
 @given(LABELS, st.data())
@@ -297,29 +310,33 @@ MEASURE = """
 import sys
 import numpy as np
 import torch
-from dmvae_lib.pairing import PairedData
+from torch import nn
+from dmvae_lib import DMVAE, Modality, PairedData, Schedule, train
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 
-x, y = np.memmap(sys.argv[1], "float32", "r", shape=(75_000, 1_000)), torch.rand(75_000, 2)
-PairedData.aligned({"x": x[:10], "y": y[:10]}).fingerprint
+def trained(items, folder):
+    networks = {"x": (nn.Linear(10_000, 6), nn.Linear(3, 10_000)), "y": (nn.Linear(2, 6), nn.Linear(3, 2))}
+    model = DMVAE({name: Modality(*of, 1, likelihood="gaussian") for name, of in networks.items()}, 2)
+    n = len(items["y"])
+    data = PairedData.aligned(items, observed={"y": torch.arange(n) % 2 == 0})
+    train(model, data.split((0.9, 0.1))[0], Schedule(n // 100, batch_size=100), device="cpu", directory=folder)
+
+x, y = np.memmap(sys.argv[1], "float32", "r", shape=(7_500, 10_000)), torch.rand(7_500, 2)
+trained({"x": x[:500], "y": y[:500]}, sys.argv[2] + "/few")
 before = peak()
-data = PairedData.aligned({"x": x, "y": y}, observed={"y": torch.arange(75_000) % 2 == 0})
-parts = data.split((0.9, 0.1))
-for rows in torch.arange(1_000).split(100):
-    parts[0].to("cpu").batch(rows)
-data.fingerprint
+trained({"x": x, "y": y}, sys.argv[2] + "/all")
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of its memory from /proc")
-def test_a_memory_map_is_never_in_memory_whole(tmp_path):
-    """A file of 300 MB is checked, split, read in batches and fingerprinted in less than a third of its size."""
+def test_a_memory_map_is_trained_on_without_being_in_memory_whole(tmp_path):
+    """A file of 300 MB is checked, split, fingerprinted and trained on in less than a third of its size, masks and all."""
     with open(tmp_path / "x.bin", "wb") as file:
-        file.truncate(75_000 * 1_000 * 4)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "x.bin")]
+        file.truncate(7_500 * 10_000 * 4)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "x.bin"), str(tmp_path)]
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert grown < 100
 
@@ -346,6 +363,7 @@ def test_changes_of_a_private_memory_map_survive(tmp_path):
         ({"a": [1.0, 2.0]}, r"list; expected a tensor or an array.*torch.stack\(items\) or np.stack"),
         ({"a": pd.DataFrame({"x": [1.0]})}, r"DataFrame; expected .*frame.to_numpy\(\)"),
         ({"a": pd.Series([1.0])}, r"Series; expected .*frame.to_numpy\(\)"),
+        ({"a": np.ma.masked_invalid([[1.0], [np.nan]])}, r"MaskedArray .*Pass x.data, and observed="),
         (
             {"a": TensorDataset(torch.rand(2, 1))},
             "TensorDataset; .*Stack the data set's items into one tensor or array",

@@ -265,20 +265,22 @@ class MultimodalVAE(Saved):
             raise DMVAEError(f"decoder of {name!r} returns items of shape {found}; the data's have {expected}.")
         return self.likelihoods[name].log_prob(params, x).sum(tuple(range(1 - x.dim(), 0)))
 
-    def reconstruction(self, name: str, posterior: Posterior, private: Tensor, shared: Tensor) -> Tensor:
+    def reconstruction(
+        self, name: str, posterior: Posterior, private: Tensor, shared: Tensor, counted: Tensor | None = None
+    ) -> Tensor:
         """log p(x | z_p, z_s) of the batch that `posterior` came from, codes (..., B, p) and (..., B, s): (..., B),
-        zero where the item is missing."""
-        rows = None if posterior.masks is None else posterior.masks[name].nonzero().flatten()
-        if rows is not None:
-            private, shared = private[..., rows, :], shared[..., rows, :]
+        zero and not decoded where the item is missing, or `counted`, (..., B) bool, is False."""
+        if posterior.masks is None:
+            return self.log_prob(name, self.decode(name, private, shared), posterior.targets[name])
+        there = posterior.masks[name]
         leading = torch.broadcast_shapes(private.shape[:-1], shared.shape[:-1])
-        if 0 in leading:
-            found = shared.new_zeros(leading)
-        else:
-            found = self.log_prob(name, self.decode(name, private, shared), posterior.targets[name])
-        if rows is None:
+        where = (there if counted is None else there & counted).expand(leading).nonzero(as_tuple=True)
+        found = shared.new_zeros(leading)
+        if not len(where[-1]):  # some networks take no empty batch
             return found
-        return found.new_zeros(*leading[:-1], len(posterior.joint.mean)).index_copy(-1, rows, found)
+        params = self.decode(name, *(code.expand(*leading, -1)[where] for code in (private, shared)))
+        x = posterior.targets[name][(there.cumsum(0) - 1)[where[-1]]]  # which has the items that are there alone
+        return found.index_put(where, self.log_prob(name, params, x))
 
     @torch.no_grad()
     def log_likelihood(
@@ -345,10 +347,13 @@ class MultimodalVAE(Saved):
             raise DMVAEError(f"no modality observed; give at least one of {', '.join(self.names)}.")
         for name, x in batch.items():
             self._known(name)
+            if not isinstance(x, Tensor):
+                raise DMVAEError(f"{name!r} is a {type(x).__name__}; expected a tensor, as PairedData.batch gives it.")
             if x.dim() < 2:
                 raise DMVAEError(f"{name!r} has shape {tuple(x.shape)}; expected (B, ...), single features as (B, 1).")
-            if not x.is_floating_point():
-                raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected floating point (images: scaled to [0, 1]).")
+            if x.dtype != self._like().dtype:
+                expected = f"{self._like().dtype}, the model's: x.to({self._like().dtype}), images scaled to [0, 1]"
+                raise DMVAEError(f"{name!r} has dtype {x.dtype}; expected {expected}.")
         if len({len(x) for x in batch.values()}) > 1:
             sizes = {name: len(x) for name, x in batch.items()}
             raise DMVAEError(f"modalities of one batch must have the same length, found {sizes}.")
@@ -371,7 +376,7 @@ class MultimodalVAE(Saved):
         if not math.isfinite(low + high):  # aminmax propagates NaN
             raise DMVAEError(f"{name!r} holds values that are not finite; remove or replace them before training.")
         if self.likelihoods[name].unit and not 0 <= low <= high <= 1:
-            repair = "divide 8-bit images by 255, or choose another likelihood"
+            repair = "divide by the largest value there can be (images of 8 bits: 255), or choose another likelihood"
             raise DMVAEError(
                 f"{name!r} holds values in [{low:g}, {high:g}]; a Bernoulli likelihood needs [0, 1]: {repair}."
             )
@@ -388,9 +393,9 @@ class SharedVAE(MultimodalVAE):
                 "the encoder return (B, 2 * shared_dim) statistics, or use DMVAE."
             )
 
-    def weighted(self, name: str, posterior: Posterior, z: Tensor) -> Tensor:
-        """lambda_i log p(x_i | z) of codes z (..., B, s): (..., B), zero where the item is missing."""
-        return self.weights[name] * self.reconstruction(name, posterior, z[..., :0], z)
+    def weighted(self, name: str, posterior: Posterior, z: Tensor, counted: Tensor | None = None) -> Tensor:
+        """lambda_i log p(x_i | z) of codes z (..., B, s): (..., B), zero where `reconstruction` is."""
+        return self.weights[name] * self.reconstruction(name, posterior, z[..., :0], z, counted)
 
     def elbo(
         self, source: str, q: DiagonalGaussian, posterior: Posterior, targets: Sequence[str], mask: Tensor | None = None
@@ -399,6 +404,6 @@ class SharedVAE(MultimodalVAE):
         `targets`, from one sample of q; mask: the items (B,) that have this bound, None for all."""
         z = q.rsample()
         return (
-            {f"{name}<-{source}": batch_mean(self.weighted(name, posterior, z), mask) for name in targets},
+            {f"{name}<-{source}": batch_mean(self.weighted(name, posterior, z, mask)) for name in targets},
             {source: batch_mean(q.kl(), mask)},
         )

@@ -73,9 +73,10 @@ class DMVAE(MultimodalVAE):
             reconstructed = [s for s in shared if self._keeps(f"log_likelihood({target}<-{s})")]
             if reconstructed:  # all reconstructions of this target in one pass of its decoder
                 stacked = torch.stack([codes[source] for source in reconstructed])
-                values = self.weights[target] * self.reconstruction(target, posterior, private.rsample(), stacked)
-                for source, value in zip(reconstructed, values):
-                    terms.log_likelihoods[f"{target}<-{source}"] = batch_mean(value, there[target], there[source])
+                counted = None if posterior.masks is None else torch.stack([there[s] for s in reconstructed])
+                values = self.reconstruction(target, posterior, private.rsample(), stacked, counted)
+                for source, value in zip(reconstructed, self.weights[target] * values):
+                    terms.log_likelihoods[f"{target}<-{source}"] = batch_mean(value)
             for source in shared:
                 bound, both = f"{target}<-{source}", (there[target], there[source])
                 for part, kl in (("private", kl_private), ("shared", kl_shared[source])):

@@ -65,8 +65,9 @@ class MMVAE(SharedVAE):
         posterior = self.infer_all(batch, observed)
         experts = list(posterior.experts.values())
         z = torch.stack([q.rsample(n=self.particles) for q in experts])  # (N, K, B, s)
-        log_likelihoods = {name: self.weighted(name, posterior, z) for name in self.names}  # (N, K, B)
         masks = None if posterior.masks is None else list(posterior.masks.values())
+        counted = None if masks is None else torch.stack(masks)[:, None]  # of an item, the experts that it has
+        log_likelihoods = {name: self.weighted(name, posterior, z, counted) for name in self.names}  # (N, K, B)
         constant = Mixture([Laplace(q.mean.detach(), q.scale.detach()) for q in experts], masks)
         kl = constant.log_prob(z) - self.prior_distribution().log_prob(z)
         log_w = sum(log_likelihoods.values()) - beta * kl

@@ -187,3 +187,20 @@ def learning_curve(curve: pd.DataFrame) -> Figure:
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small", frameon=False)
     figure.tight_layout()
     return figure
+
+
+def by_share(mean: pd.DataFrame, sd: pd.DataFrame) -> Figure:
+    """Scores in percent, columns (measure, series), by the share of complete observations: a panel a measure, a line a series.
+    sd: the bars; missing where there is one seed."""
+    measures = mean.columns.unique(0)
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.3 * len(measures), 3.4), sharey=True)
+    for ax, measure in zip(axes, measures):
+        for (series, values), style in zip(mean[measure].items(), ("o-", "s--", "^:")):
+            ax.errorbar(values.index, values, sd[measure, series].fillna(0), fmt=style, capsize=3, label=series)
+        ax.set(title=measure, xscale="log", ylim=(0, 100), xlabel="complete observations")
+        ax.set_xticks(mean.index, [f"{share:.0%}" for share in mean.index])
+        ax.xaxis.minorticks_off()
+    axes[0].set_ylabel("percent")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", ncols=3, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure

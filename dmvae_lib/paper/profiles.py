@@ -16,7 +16,7 @@ class Profile:
     width: of the digit networks' hidden layers, relative to the paper's; steps, batch_size, learning_rate: of every
         model of the digits, by Adam; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
         classifier_steps: updates of the evaluation classifiers; learning_curve: numbers of SVHN training images to
-        train DMVAE on, beside all.
+        train DMVAE on, beside all; complete: shares of complete observations to train on, beside all (notebook 13).
     retrieval_steps, retrieval_hidden, retrieval_learning_rate: updates of every row of Table 2, units of its hidden
         layers, Adam's rate; matching: the weight of Eq. 4, which the paper does not give (chosen on the validation
         classes of the profile's flowers).
@@ -43,6 +43,7 @@ class Profile:
     validate_every: int = 0
     permutations: int = 30
     learning_curve: tuple[int, ...] = ()
+    complete: tuple[float, ...] = (0.5, 0.2, 0.05)
     writes_results: bool = True
     gigabytes: float = 2.0
     precision: str = "float32"
@@ -63,6 +64,7 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     retrieval_hidden=128,
     retrieval_learning_rate=1e-3,
     matching=10.0,
+    complete=(0.05,),
 )
 SMOKE = replace(
     QUICK,
