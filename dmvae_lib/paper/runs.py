@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dmvae_lib.paper.rows.row import Row
 
 PACKAGES = ("dmvae_lib", "torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "pandas")
+VALIDATE_EVERY = 1_200  # updates
 WEIGHTS, HISTORY, ENTRY = "model.safetensors", "history.csv", "entry.json"
 
 # --- where runs are made --------------------------------------------------------------------------------------------
@@ -235,6 +236,7 @@ class Run:
         self._begin(identity)
         trained = replace(self)  # what `evaluate` sees; this one has a model once it has an entry
         model = trained.__dict__["model"] = self._new_model()
+        found: dict[str, Any] = {}  # the last evaluation's, which on the validation split is training's own
         if row.fit:
             started = time.monotonic()
             row.fit(model, pairs, self.seed)
@@ -243,17 +245,22 @@ class Run:
             history.attrs |= {"seconds": time.monotonic() - started, "precision": "float32"}
         else:
             schedule = row.schedule(place.profile)
-            # A curve of scores is for choices, so on the validation split alone.
-            validate = None if place.evaluation == "test" else lambda model: row.evaluate(trained)["scores"]
+
+            def validate(model: nn.Module) -> dict[str, float]:
+                found.update(row.evaluate(trained))
+                return found["scores"]
+
             history = train(
                 model, pairs, schedule, self.seed, place.device, self.folder, row.objective, str(self),
-                identity=identity, evaluate=validate, evaluate_every=ceil(schedule.steps / 5),
+                identity=identity,  # a curve of scores is for choices, so on the validation split alone:
+                evaluate=None if place.evaluation == "test" else validate,
+                evaluate_every=VALIDATE_EVERY,
             )  # fmt: skip
         with atomic_write(self.folder / WEIGHTS) as temporary:  # safetensors' own writer hides a full disk's errno
             temporary.write_bytes(save({name: value.contiguous() for name, value in model.state_dict().items()}))
         with atomic_write(self.folder / HISTORY) as temporary:
             history.to_csv(temporary)
-        found = row.evaluate(trained)
+        found = found or row.evaluate(trained)
         self.__dict__["model"] = model
         entry = {"row": row.name, "title": row.title, "seed": self.seed, "profile": place.profile.name}
         entry |= {"config": self.config, "data": data, "made": provenance(place.device, history.attrs["precision"])}
