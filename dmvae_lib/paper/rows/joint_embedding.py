@@ -55,8 +55,8 @@ class LSTMEmbedding(JointEmbedding):
     """
 
     def __init__(self, image_dim: int, token_dim: int, dim: int, margin: float = 1.0):
-        text = nn.Sequential(TextFeatures(token_dim, dim), nn.Linear(2 * dim, dim))
-        super().__init__(nn.Linear(image_dim, dim), text, margin)
+        image = nn.Linear(image_dim, dim)
+        super().__init__(image, nn.Sequential(TextFeatures(token_dim, dim), nn.Linear(2 * dim, dim)), margin)
 
 
 def ranking(scores: Tensor, labels: Tensor, margin: float) -> dict[str, Tensor]:
