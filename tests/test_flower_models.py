@@ -15,12 +15,12 @@ from dmvae_lib import DMVAE, JMVAE, MMVAE, MVAE, TELBO, DMVAEError, Modality, Pa
 from dmvae_lib.metrics import average_precision_at_k, rank1
 from dmvae_lib.paper import published
 from dmvae_lib.paper.data import Splits
-from dmvae_lib.paper.networks import JointEncoder
+from dmvae_lib.paper.networks import GROUPS, JointEncoder, TextFeatures, trim
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.retrieval import class_bootstrap, embed, evaluate_retrieval, pair_scores, rerank
 from dmvae_lib.paper.rows.cmpm_cmpc import CMPMCMPC, project
 from dmvae_lib.paper.rows.flower_dmvae import CROSS_TERMS, FlowerDMVAE
-from dmvae_lib.paper.rows.flowers import FLOWERS, PARTS, TABLE2, objective, retrieval_of
+from dmvae_lib.paper.rows.flowers import FLOWER_DMVAE, FLOWERS, PARTS, TABLE2, objective, retrieval_of
 from dmvae_lib.paper.rows.gmm_hglmm import GMMHGLMM, HybridMixture, principal_axes
 from dmvae_lib.paper.rows.iatv import IATV, pair_loss, remember
 from dmvae_lib.paper.rows.joint_embedding import IdentityClassifier, ranking
@@ -33,15 +33,16 @@ from dmvae_lib.paper.rows.word_cnn_rnn import word_cnn_rnn
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE_DIM, TOKEN_DIM, STEPS = 12, 8, 9
 CLASSES = (41, 43, 50, 77)
+WEIGHTS = {"image": 0.5, "text": 1.5}
 SMALL = {
     "Word2Vec": lambda: word2vec(IMAGE_DIM, TOKEN_DIM, dim=10),
-    "WordCNN": lambda: word_cnn(IMAGE_DIM, TOKEN_DIM, dim=10, channels=10),
-    "WordCNNRNN": lambda: word_cnn_rnn(IMAGE_DIM, TOKEN_DIM, dim=10, channels=10),
-    "Triplet": lambda: Triplet(IMAGE_DIM, TOKEN_DIM, dim=10, hidden=6),
-    "IATV": lambda: IATV(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, hidden=6, match_dim=7),
-    "CMPMCMPC": lambda: CMPMCMPC(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, hidden=6),
-    "TIMAM": lambda: TIMAM(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, hidden=6, discriminator=16),
-    "FlowerDMVAE": lambda: FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 10, {"image": 2, "text": 1}, hidden=6, decoder_hidden=8),
+    "WordCNN": lambda: word_cnn(IMAGE_DIM, TOKEN_DIM, dim=10),
+    "WordCNNRNN": lambda: word_cnn_rnn(IMAGE_DIM, TOKEN_DIM, dim=10),
+    "Triplet": lambda: Triplet(IMAGE_DIM, TOKEN_DIM, dim=10, margin=0.2),
+    "IATV": lambda: IATV(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10),
+    "CMPMCMPC": lambda: CMPMCMPC(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, classification=1.5),
+    "TIMAM": lambda: TIMAM(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10),
+    "FlowerDMVAE": lambda: FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 6, WEIGHTS, private_dims={"image": 2, "text": 1}),
 }
 
 
@@ -192,11 +193,22 @@ def test_padding_and_the_rest_of_the_batch_change_no_embedding(name):
     together = model.embed_text(F.pad(tokens, (0, 0, 0, 4)))
     alone = torch.cat([model.embed_text(caption[None, :length]) for caption, length in zip(tokens, lengths)])
     torch.testing.assert_close(together, alone)
-    assert model.embed_image(torch.randn(5, IMAGE_DIM)).shape == together.shape == (5, 10)
+    assert model.embed_image(torch.randn(5, IMAGE_DIM)).shape == together.shape == (5, together.shape[1])
+
+
+def test_captions_of_like_length_together_are_each_as_alone():
+    """Enough of them for all groups; one of the longest is last and first among the sorted."""
+    torch.manual_seed(0)
+    features = TextFeatures(TOKEN_DIM, 6)
+    tokens, lengths = captions(3 * GROUPS + 1, torch.Generator().manual_seed(1))
+    assert lengths.unique().numel() > 3
+    alone = torch.cat([features(caption[None, :length]) for caption, length in zip(tokens, lengths)])
+    torch.testing.assert_close(features(tokens), alone)
+    torch.testing.assert_close(features(tokens), features.maximum(*trim(tokens)))
 
 
 def test_sizes_of_the_papers_networks():
-    model = FlowerDMVAE(image_dim=2048, token_dim=768)
+    model = FlowerDMVAE(2048, 768, 512, WEIGHTS)
     assert sum(p.numel() for p in model.encoders["image"].parameters()) == 2049 * 2 * (64 + 3)
     assert sum(p.numel() for p in model.encoders["text"].parameters()) == 1025 * 2 * (64 + 3)
     batch = {"image": torch.rand(2, 2048), "text": captions(2, torch.Generator().manual_seed(0), 768)[0]}
@@ -272,12 +284,21 @@ def test_cmpm_cmpc_is_equation_4_and_classification_of_projections():
     expected = {
         "matching(image)": matching[0].item(),
         "matching(text)": matching[1].item(),
-        "classification(image)": softmax_loss(projections(image, text), weights, index),
-        "classification(text)": softmax_loss(projections(text, image), weights, index),
+        "classification(image)": 1.5 * softmax_loss(projections(image, text), weights, index),
+        "classification(text)": 1.5 * softmax_loss(projections(text, image), weights, index),
     }
     terms = model.loss(batch, labels)
     assert {name: value.item() for name, value in terms.others.items()} == pytest.approx(expected, rel=1e-4)
     assert terms.total.item() == pytest.approx(sum(expected.values()), rel=1e-4)
+
+
+def test_cmpm_cmpc_normalises_each_dimension_over_the_batch():
+    model, (batch, _) = made("CMPMCMPC").double(), small_batch()
+    raw = model.image[0](batch["image"].double())
+    found = model.embed_image(batch["image"].double())
+    torch.testing.assert_close(found, (raw - raw.mean(0)) / (raw.var(0, unbiased=False) + 1e-5).sqrt())
+    text = model.embed_text(batch["text"].double())
+    torch.testing.assert_close(text.mean(0), torch.zeros(10).double(), atol=1e-9, rtol=0)
 
 
 def test_timam_is_identification_equation_4_and_a_discriminator():
@@ -372,7 +393,7 @@ def test_iatvs_co_attention_on_one_pair_at_a_time():
     for i in range(2):
         for j, caption in enumerate(batch["text"]):
             image, words = stage.image(batch["image"][i]), stage.words(caption[caption.abs().sum(1) > 0])
-            attention = (words @ image / math.sqrt(7)).softmax(0)
+            attention = (words @ image / math.sqrt(128)).softmax(0)
             embeddings = model.embed_image(batch["image"][i]), model.embed_text(caption[None])[0]
             expected = 10 * F.cosine_similarity(*embeddings, dim=0) + stage.head(image * (attention @ words))
             assert found[i, j].item() == pytest.approx(expected.item(), abs=1e-4)
@@ -411,7 +432,7 @@ def test_batch_of_one_class_has_no_rivals():
 def terms_of(**options):
     torch.manual_seed(0)
     options = {"private_dims": {"image": 2, "text": 1}} | options
-    model = FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 10, **options, hidden=6, decoder_hidden=8)
+    model = FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 6, WEIGHTS, **options)
     batch, labels = small_batch()
     torch.manual_seed(1)
     return model.loss(batch, labels)
@@ -749,21 +770,24 @@ def test_every_row_builds_for_the_datas_sizes_at_the_profiles_width(row):
     assert model.embed_image(data.items["image"][:3]).shape == model.embed_text(data.items["text"][:3]).shape
 
 
-def test_table_2_has_the_papers_rows_in_its_order():
-    assert list(TABLE2) == list(published.TABLE2)
+def test_table_2_has_the_papers_rows_in_its_order_and_two_of_ours():
+    ours = ["matching loss alone", "DMVAE without matching loss"]
+    assert list(TABLE2) == [*published.TABLE2, *ours]
 
 
 def test_parts_of_dmvae_differ_in_what_their_names_say():
     data, profile = flowers(), replace(get_profile("smoke"), retrieval_hidden=6)
     found = {}
-    for title, row in PARTS.items():
+    for title, row in {
+        title: row for title, row in (TABLE2 | PARTS).items() if row.build is TABLE2["DMVAE"].build
+    }.items():
         model = row.build(row.data, Splits(data, data, {}, "embedded"), **row.arguments(profile))
         found[title] = (model.evidence, model.matching, model.private_dims, model.without)
-    whole, three = profile.matching, {"image": 3, "text": 3}
+    whole, three = FLOWER_DMVAE.options["matching"], {"image": 3, "text": 3}
     assert found == {
         "DMVAE": (True, whole, three, frozenset()),
         "matching loss alone": (False, whole, three, frozenset()),
-        "without matching loss": (True, 0.0, three, frozenset()),
+        "DMVAE without matching loss": (True, 0.0, three, frozenset()),
         "without private spaces": (True, whole, {"image": 0, "text": 0}, frozenset()),
         "without cross terms": (True, whole, three, {"image<-text", "text<-image"}),
     }
@@ -791,9 +815,9 @@ BATCH, LABELS = small_batch()
         (lambda: made("CMPMCMPC").loss(BATCH, LABELS + 1), r"labels \[42, 44, 51, 78\]"),
         (lambda: made("IATV").loss(BATCH, LABELS - 41), r"labels \[0, 2, 9, 36\]"),
         (lambda: IdentityClassifier([], 3), "no training class"),
-        (lambda: FlowerDMVAE(4, 4, matching=-1.0), "matching=-1"),
-        (lambda: FlowerDMVAE(4, 4, matching=0.0, evidence=False), "evidence=False"),
-        (lambda: FlowerDMVAE(4, 4, without=["image<-smell"]), "image<-smell"),
+        (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, matching=-1.0), "matching=-1"),
+        (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, matching=0.0, evidence=False), "evidence=False"),
+        (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, without=["image<-smell"]), "image<-smell"),
         (lambda: HybridMixture(5, 2, False).fit(torch.randn(3, 2)), "5 components.*found 3"),
         (lambda: GMMHGLMM(4, 4, dim=9, text_dim=8), "at most 8"),
         (lambda: principal_axes(torch.randn(5, 9), 6), "PCA to 6 dimensions from 5 items of 9"),
@@ -816,7 +840,7 @@ BATCH, LABELS = small_batch()
             ),
             "the data has image",
         ),
-        (lambda: replace(TABLE2["Word CNN"], options={"margin": 0.5}), "does not use margin"),
+        (lambda: replace(TABLE2["Word CNN"], options={"temperature": 0.5}), "does not use temperature"),
         (lambda: replace(TABLE2["GMM+HGLMM"], options={"matching": 1.0}), "does not use matching"),
     ],
 )

@@ -177,10 +177,14 @@ def trim(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, :longest], steps[:longest] < lengths[:, None]
 
 
+GROUPS = 3  # of captions by length: on a CPU an update of a row of Table 2 takes two thirds of the time
+
+
 class TextFeatures(nn.Module):
     """Token embeddings (B, T, D) -> bidirectional LSTM -> maximum over the tokens, (B, 2 * hidden) (Sec. 5.2).
 
-    Zero rows after the last token are padding, which changes nothing. The LSTM starts as PyTorch's do.
+    Zero rows after the last token are padding, which changes nothing; on a CPU captions of like length go together, for
+    less of it. The LSTM starts as PyTorch's do.
     """
 
     def __init__(self, token_dim: int, hidden: int = 512):
@@ -190,6 +194,14 @@ class TextFeatures(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens, mask = trim(tokens)
+        if len(tokens) < 2 * GROUPS or tokens.device.type != "cpu":  # a GPU would wait for the launches
+            return self.maximum(tokens, mask)
+        by_length = mask.sum(1).argsort()
+        found = [self.maximum(*trim(tokens[rows])) for rows in by_length.chunk(GROUPS)]
+        return torch.cat(found)[by_length.argsort()]
+
+    def maximum(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The same for a batch as `trim` gives it, at once."""
         # Each caption turned round within its own length, the padding staying behind it: no packed sequences, whose
         # LSTM is slower on a CPU. The maximum over time does not mind the order of the states.
         steps = torch.arange(mask.shape[1], device=tokens.device)

@@ -17,9 +17,7 @@ class Profile:
         model of the digits, by Adam; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
         classifier_steps: updates of the evaluation classifiers; learning_curve: numbers of SVHN training images to
         train DMVAE on, beside all; complete: shares of complete observations to train on, beside all (notebook 13).
-    retrieval_steps, retrieval_hidden, retrieval_learning_rate: updates of every row of Table 2, units of its hidden
-        layers, Adam's rate; matching: the weight of Eq. 4, which the paper does not give (chosen on the validation
-        classes of the profile's flowers).
+    retrieval_steps, retrieval_hidden: updates of every row of Table 2, units of its hidden layers.
     validate_every: updates between scores on the validation split, the curve in a run's entry, of a data set that leaves
         it out of training; 0: no curve.
     permutations: how often every item is paired; writes_results: whether the runs' entries and what is made of them go
@@ -38,8 +36,6 @@ class Profile:
     classifier_steps: int
     retrieval_steps: int
     retrieval_hidden: int
-    retrieval_learning_rate: float
-    matching: float
     validate_every: int = 0
     permutations: int = 30
     learning_curve: tuple[int, ...] = ()
@@ -62,8 +58,6 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     classifier_steps=1_500,
     retrieval_steps=400,
     retrieval_hidden=128,
-    retrieval_learning_rate=1e-3,
-    matching=10.0,
     complete=(0.05,),
 )
 SMOKE = replace(
@@ -90,8 +84,6 @@ SUBSET = Profile(
     classifier_steps=4_000,
     retrieval_steps=900,  # two minutes on a core for each row; most rows' validation scores have levelled off
     retrieval_hidden=256,
-    retrieval_learning_rate=1e-3,
-    matching=100.0,
     validate_every=1_200,
     learning_curve=(1_000, 2_000, 4_000),
     gigabytes=4.0,
@@ -109,8 +101,6 @@ PAPER = Profile(
     classifier_steps=10_000,
     retrieval_steps=20_000,
     retrieval_hidden=512,
-    retrieval_learning_rate=1e-3,
-    matching=100.0,
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}

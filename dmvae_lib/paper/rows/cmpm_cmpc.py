@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmvae_lib.models import Terms
 from dmvae_lib.models.base import Batch
@@ -20,24 +20,30 @@ def project(x: Tensor, y: Tensor) -> Tensor:
 
 
 class CMPMCMPC(LSTMEmbedding):
-    """Eq. 4 in both directions and norm-softmax classification of projections: the image's projection on its caption,
-    and the caption's on its image, must name the class.
+    """Eq. 4 in both directions and, `classification` times, norm-softmax classification of projections: the image's
+    projection on its caption, and the caption's on its image, must name the class.
+
+    Both embeddings are batch-normalised, as in the authors' release (github.com/YingZhangDUT/
+    Cross-Modal-Projection-Learning: its last layers stand in the image network's argument scope, with the network's
+    batch normalisation). Without it some seeds fail: DECIDE
 
     classes: the labels that occur in training. Zhang & Lu train the image network too; here its feature is fixed.
     """
 
-    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int = 512, hidden: int = 512):
-        super().__init__(image_dim, token_dim, dim, hidden)
-        self.classifier = IdentityClassifier(classes, dim)
+    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int, classification: float = 1.0):
+        super().__init__(image_dim, token_dim, dim)
+        self.image = nn.Sequential(self.image, nn.BatchNorm1d(dim))
+        self.text.append(nn.BatchNorm1d(dim))
+        self.classifier, self.classification = IdentityClassifier(classes, dim), classification
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
         image, text = self.embed(batch, labels)
         classification = {
-            "classification(image)": self.classifier(project(image, text), labels),
-            "classification(text)": self.classifier(project(text, image), labels),
+            "classification(image)": self.classification * self.classifier(project(image, text), labels),
+            "classification(text)": self.classification * self.classifier(project(text, image), labels),
         }
         return Terms(others=matching_terms(image, text, labels) | classification)
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> CMPMCMPC:
-    return CMPMCMPC(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, classification: float) -> CMPMCMPC:
+    return CMPMCMPC(*sizes_and_classes(splits), retrieval_hidden, classification)

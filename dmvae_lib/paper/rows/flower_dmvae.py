@@ -15,7 +15,7 @@ from dmvae_lib.paper.networks import TextFeatures, feature_decoder, feature_enco
 from dmvae_lib.paper.rows.joint_embedding import check_pairs, feature_sizes, matching_terms
 
 CROSS_TERMS = ("image<-text", "text<-image")  # `without` them: the ablation of cross-reconstruction
-PRIVATE_DIMS = {"image": 3, "text": 3}  # Sec. 5.2
+SHARED_DIM, PRIVATE_DIMS = 64, {"image": 3, "text": 3}  # Sec. 5.2
 
 
 class FlowerDMVAE(DMVAE):
@@ -24,41 +24,37 @@ class FlowerDMVAE(DMVAE):
     The text decoder reconstructs the maximum over the LSTM's states. An item's embedding is the mean of its shared
     posterior q(z_s | x_i), which is also what Eq. 4 compares (the paper says "shared feature" in both places).
 
-    weights: lambda_image and lambda_text of Eq. 3, Gaussian likelihoods of unit variance summed over the feature; the
-        paper does not give them. matching: weight of Eq. 4; 0 leaves it out. evidence: False leaves Eq. 3 out, so that
-        matching alone trains the encoders. without: terms of Eq. 3 to leave out, such as CROSS_TERMS.
-    private_dims: of image and text; zeros for both are the model without private spaces.
+    hidden: the LSTM's states in each direction, and the decoders' units. weights: lambda_image and lambda_text of Eq. 3,
+        Gaussian likelihoods of unit variance summed over the feature. matching: weight of Eq. 4; 0 leaves it out.
+        evidence: False leaves Eq. 3 out, so that matching alone trains the encoders. without: terms of Eq. 3 to leave
+        out, such as CROSS_TERMS. private_dims: of image and text; zeros for both are the model without private spaces.
     """
 
     def __init__(
         self,
         image_dim: int,
         token_dim: int,
-        shared_dim: int = 64,
-        private_dims: Mapping[str, int] = PRIVATE_DIMS,
-        hidden: int = 512,
-        decoder_hidden: int = 512,
-        weights: Mapping[str, float] | None = None,
+        hidden: int,
+        weights: Mapping[str, float],
         matching: float = 1.0,
         evidence: bool = True,
+        private_dims: Mapping[str, int] = PRIVATE_DIMS,
         without: Iterable[str] = (),
     ):
         if matching < 0 or not (matching or evidence):
             raise DMVAEError(f"FlowerDMVAE: {matching=}, {evidence=}; expected a weight >= 0 and one of them.")
-        weights = dict(weights or {"image": 1.0, "text": 1.0})
 
         def modality(name: str, dim: int, features: TextFeatures | None = None) -> Modality:
-            encoder = feature_encoder(dim, private_dims[name], shared_dim)
-            decoder = feature_decoder(dim, private_dims[name], shared_dim, decoder_hidden)
-            return Modality(encoder, decoder, private_dims[name], weights[name], "gaussian", features)
+            sizes = dim, private_dims[name], SHARED_DIM
+            made = feature_encoder(*sizes), feature_decoder(*sizes, hidden)
+            return Modality(*made, private_dims[name], weights[name], "gaussian", features)
 
         image = modality("image", image_dim)
         text = modality("text", 2 * hidden, TextFeatures(token_dim, hidden))
-        super().__init__({"image": image, "text": text}, shared_dim, without)
+        super().__init__({"image": image, "text": text}, SHARED_DIM, without)
         self.matching, self.evidence = matching, evidence
         self.arguments |= {"image_dim": image_dim, "token_dim": token_dim, "hidden": hidden, "matching": matching}
-        self.arguments |= {"private_dims": dict(private_dims), "decoder_hidden": decoder_hidden, "weights": weights}
-        self.arguments |= {"evidence": evidence}
+        self.arguments |= {"private_dims": dict(private_dims), "weights": dict(weights), "evidence": evidence}
 
     def embed_image(self, x: Tensor) -> Tensor:
         """(B, shared_dim), the mean of q(z_s | image)."""
@@ -94,13 +90,9 @@ def build(
     retrieval_hidden: int,
     matching: float,
     weights: Mapping[str, float],
-    shared_dim: int = 64,
-    private_dims: Mapping[str, int] = PRIVATE_DIMS,
     evidence: bool = True,
+    private_dims: Mapping[str, int] = PRIVATE_DIMS,
     without: Iterable[str] = (),
 ) -> FlowerDMVAE:
-    """`FlowerDMVAE` for the data's features; `retrieval_hidden` LSTM states and hidden units of the decoders."""
-    return FlowerDMVAE(
-        *feature_sizes(splits), shared_dim, private_dims, retrieval_hidden, retrieval_hidden,
-        weights, matching, evidence, without,
-    )  # fmt: skip
+    """`FlowerDMVAE` for the data's features, `retrieval_hidden` its `hidden`."""
+    return FlowerDMVAE(*feature_sizes(splits), retrieval_hidden, weights, matching, evidence, private_dims, without)

@@ -176,6 +176,6 @@ def principal_axes(x: Tensor, dim: int, whiten: bool = True) -> tuple[Tensor, Te
     return torch.as_tensor(fitted.mean_).to(x), torch.as_tensor(axes).to(x)
 
 
-def build(data: DataSet, splits: Splits, *, dim: int = 64, components: int = 30) -> GMMHGLMM:
+def build(data: DataSet, splits: Splits) -> GMMHGLMM:
     """`GMMHGLMM` for the data's features, of the sizes that its defaults say for every profile."""
-    return GMMHGLMM(*feature_sizes(splits), dim, components)
+    return GMMHGLMM(*feature_sizes(splits))

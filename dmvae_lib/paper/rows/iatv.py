@@ -15,6 +15,8 @@ from dmvae_lib.paper.data import DataSet, Splits
 from dmvae_lib.paper.networks import trim
 from dmvae_lib.paper.rows.joint_embedding import LSTMEmbedding, class_index, sizes_and_classes, sorted_classes
 
+MATCH_DIM = 128  # of stage 2
+
 
 class CoAttention(nn.Module):
     """Image features (I, d) and token embeddings (J, T, D) -> what stage 2 finds in each pair, (I, J).
@@ -59,13 +61,11 @@ class IATV(LSTMEmbedding):
         image_dim: int,
         token_dim: int,
         classes: Sequence[int],
-        dim: int = 512,
-        hidden: int = 512,
-        match_dim: int = 128,
+        dim: int,
         temperature: float = 0.1,
     ):
-        super().__init__(image_dim, token_dim, dim, hidden)
-        self.co_attention = CoAttention(image_dim, token_dim, match_dim)
+        super().__init__(image_dim, token_dim, dim)
+        self.co_attention = CoAttention(image_dim, token_dim, MATCH_DIM)
         self.temperature = temperature
         self.scale = nn.Parameter(torch.tensor(1 / temperature))
         self.register_buffer("classes", sorted_classes(classes))
@@ -112,5 +112,5 @@ def pair_loss(logits: Tensor, cosine: Tensor, labels: Tensor) -> Tensor:
     return F.softplus(-logits.diagonal()).mean() + (F.softplus(negatives) * exists).sum() / exists.sum().clamp_min(1)
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, temperature: float = 0.1) -> IATV:
-    return IATV(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden, temperature=temperature)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, temperature: float) -> IATV:
+    return IATV(*sizes_and_classes(splits), retrieval_hidden, temperature)

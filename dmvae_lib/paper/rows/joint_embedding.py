@@ -23,12 +23,13 @@ from dmvae_lib.paper.networks import TextFeatures
 class JointEmbedding(nn.Module):
     """Images (B, d_image) and captions' token embeddings (B, T, D), zero after the last token -> (B, d) each.
 
-    Its loss is the symmetric structured joint embedding of Reed et al. (2016); rows with another are subclasses.
+    Its loss is the symmetric structured joint embedding of Reed et al. (2016), whose margin is the 0-1 loss, 1; rows
+    with another are subclasses.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module):
+    def __init__(self, image: nn.Module, text: nn.Module, margin: float = 1.0):
         super().__init__()
-        self.image, self.text = image, text
+        self.image, self.text, self.margin = image, text, margin
 
     def embed_image(self, x: Tensor) -> Tensor:
         return self.image(x)
@@ -42,17 +43,20 @@ class JointEmbedding(nn.Module):
         return self.embed_image(batch["image"]), self.embed_text(batch["text"])
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
-        """`ranking` of dot products with margin 1. beta, the weight of DMVAE's KLs, is for no other row."""
+        """`ranking` of dot products. beta, the weight of DMVAE's KLs, is for no other row."""
         image, text = self.embed(batch, labels)
-        return Terms(others=ranking(image @ text.T, labels, margin=1.0))
+        return Terms(others=ranking(image @ text.T, labels, self.margin))
 
 
 class LSTMEmbedding(JointEmbedding):
-    """A linear map of the image; the paper's text network (Sec. 5.2), BiLSTM and maximum over time, and a linear map."""
+    """A linear map of the image; the paper's text network (Sec. 5.2), BiLSTM and maximum over time, and a linear map.
 
-    def __init__(self, image_dim: int, token_dim: int, dim: int, hidden: int):
+    dim: of the embedding, and the LSTM's states in each direction.
+    """
+
+    def __init__(self, image_dim: int, token_dim: int, dim: int, margin: float = 1.0):
         image = nn.Linear(image_dim, dim)
-        super().__init__(image, nn.Sequential(TextFeatures(token_dim, hidden), nn.Linear(2 * hidden, dim)))
+        super().__init__(image, nn.Sequential(TextFeatures(token_dim, dim), nn.Linear(2 * dim, dim)), margin)
 
 
 def ranking(scores: Tensor, labels: Tensor, margin: float) -> dict[str, Tensor]:

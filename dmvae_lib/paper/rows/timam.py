@@ -33,14 +33,12 @@ class TIMAM(LSTMEmbedding):
         image_dim: int,
         token_dim: int,
         classes: Sequence[int],
-        dim: int = 512,
-        hidden: int = 512,
-        discriminator: int = 256,
+        dim: int,
         adversarial: float = 0.1,
     ):
-        super().__init__(image_dim, token_dim, dim, hidden)
+        super().__init__(image_dim, token_dim, dim)
         self.classifier = IdentityClassifier(classes, dim)
-        self.discriminator = nn.Sequential(nn.Linear(dim, discriminator), nn.ReLU(), nn.Linear(discriminator, 1))
+        self.discriminator = nn.Sequential(nn.Linear(dim, 256), nn.ReLU(), nn.Linear(256, 1))
         self.adversarial = adversarial
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
@@ -55,5 +53,5 @@ class TIMAM(LSTMEmbedding):
         return Terms(others=identity | matching_terms(image, text, labels) | {"discriminator": discriminator})
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, adversarial: float = 0.1) -> TIMAM:
-    return TIMAM(*sizes_and_classes(splits), retrieval_hidden, retrieval_hidden, adversarial=adversarial)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, adversarial: float) -> TIMAM:
+    return TIMAM(*sizes_and_classes(splits), retrieval_hidden, adversarial)

@@ -14,15 +14,11 @@ from dmvae_lib.paper.rows.joint_embedding import LSTMEmbedding, feature_sizes, r
 class Triplet(LSTMEmbedding):
     """`ranking` of cosines, with a margin, over all pairs of a batch."""
 
-    def __init__(self, image_dim: int, token_dim: int, dim: int = 512, hidden: int = 512, margin: float = 0.2):
-        super().__init__(image_dim, token_dim, dim, hidden)
-        self.margin = margin
-
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
         """Terms "image" and "text", as `ranking`."""
         image, text = (F.normalize(embedding, dim=-1) for embedding in self.embed(batch, labels))
         return Terms(others=ranking(image @ text.T, labels, self.margin))
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float = 0.2) -> Triplet:
-    return Triplet(*feature_sizes(splits), retrieval_hidden, retrieval_hidden, margin)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> Triplet:
+    return Triplet(*feature_sizes(splits), retrieval_hidden, margin)

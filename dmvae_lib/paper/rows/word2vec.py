@@ -17,14 +17,14 @@ class MeanWord(nn.Module):
         return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def word2vec(image_dim: int, token_dim: int, dim: int = 512) -> JointEmbedding:
+def word2vec(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
     """Linear maps of the image feature and of the mean of the token embeddings that every row gets, not word2vec's.
 
     Reed et al. leave the image feature as it is; here, as in every row, a linear map brings it to `dim`, so that rows
     differ in text encoder and loss.
     """
-    return JointEmbedding(nn.Linear(image_dim, dim), nn.Sequential(MeanWord(), nn.Linear(token_dim, dim)))
+    return JointEmbedding(nn.Linear(image_dim, dim), nn.Sequential(MeanWord(), nn.Linear(token_dim, dim)), margin)
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    return word2vec(*feature_sizes(splits), retrieval_hidden)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
+    return word2vec(*feature_sizes(splits), retrieval_hidden, margin)

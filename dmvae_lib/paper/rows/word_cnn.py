@@ -25,23 +25,23 @@ class TemporalConvolutions(nn.Module):
 
 
 class ConvolutionalText(nn.Module):
-    """Convolutions, the maximum over time, a linear map: (B, T, D) -> (B, dim)."""
+    """Convolutions of `dim` channels, the maximum over time, a linear map: (B, T, D) -> (B, dim)."""
 
-    def __init__(self, token_dim: int, dim: int, channels: int):
+    def __init__(self, token_dim: int, dim: int):
         super().__init__()
-        self.convolutions, self.head = TemporalConvolutions(token_dim, channels), nn.Linear(channels, dim)
+        self.convolutions, self.head = TemporalConvolutions(token_dim, dim), nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.convolutions(tokens)[0].amax(1))  # after ReLU no state is below the padding's zero
 
 
-def word_cnn(image_dim: int, token_dim: int, dim: int = 512, channels: int = 512) -> JointEmbedding:
+def word_cnn(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
     """Reed et al. convolve one-hot words in three layers, pool over time by three after the second and flatten 30 words;
     here two layers read the token embeddings that every row gets, and the maximum over time replaces pooling and
     flattening, so that padding changes nothing. The image side is linear, as in every row (`word2vec`).
     """
-    return JointEmbedding(nn.Linear(image_dim, dim), ConvolutionalText(token_dim, dim, channels))
+    return JointEmbedding(nn.Linear(image_dim, dim), ConvolutionalText(token_dim, dim), margin)
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    return word_cnn(*feature_sizes(splits), retrieval_hidden, retrieval_hidden)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
+    return word_cnn(*feature_sizes(splits), retrieval_hidden, margin)

@@ -10,13 +10,15 @@ from dmvae_lib.paper.rows.word_cnn import TemporalConvolutions
 
 
 class RecurrentText(nn.Module):
-    """Convolutions, a recurrent layer, the mean of its states over the tokens, a linear map: (B, T, D) -> (B, dim)."""
+    """Convolutions of `dim` channels, a recurrent layer, the mean of its states over the tokens, a linear map:
+    (B, T, D) -> (B, dim).
+    """
 
-    def __init__(self, token_dim: int, dim: int, channels: int):
+    def __init__(self, token_dim: int, dim: int):
         super().__init__()
-        self.convolutions = TemporalConvolutions(token_dim, channels)
-        self.recurrent = nn.GRU(channels, channels, batch_first=True)
-        self.head = nn.Linear(channels, dim)
+        self.convolutions = TemporalConvolutions(token_dim, dim)
+        self.recurrent = nn.GRU(dim, dim, batch_first=True)
+        self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         states, mask = self.convolutions(tokens)
@@ -24,12 +26,12 @@ class RecurrentText(nn.Module):
         return self.head(states.sum(1) / mask.sum(1, keepdim=True))
 
 
-def word_cnn_rnn(image_dim: int, token_dim: int, dim: int = 512, channels: int = 512) -> JointEmbedding:
+def word_cnn_rnn(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
     """As `word_cnn`, its simplifications included, with a GRU before the average over time, where Reed et al. use a
     plain recurrent network over a third of the time steps.
     """
-    return JointEmbedding(nn.Linear(image_dim, dim), RecurrentText(token_dim, dim, channels))
+    return JointEmbedding(nn.Linear(image_dim, dim), RecurrentText(token_dim, dim), margin)
 
 
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int) -> JointEmbedding:
-    return word_cnn_rnn(*feature_sizes(splits), retrieval_hidden, retrieval_hidden)
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
+    return word_cnn_rnn(*feature_sizes(splits), retrieval_hidden, margin)

@@ -1,0 +1,160 @@
+"""One small grid for every row of Table 1 or 2, trained shortly, judged on validation data alone: what the rows use.
+
+`.venv/bin/python benchmarks/grid.py --profile subset --table 2` trains the cells that are not trained here yet, so that
+an interrupted grid goes on, and writes results/<profile>/grid_table2.csv. Of each row's cells the one with the highest
+`score` is chosen: the mean of the table's measures, and over the seeds. One rule for all rows, the paper's own included.
+What is chosen is written into dmvae_lib/paper/rows/; tests/test_grid.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pandas as pd
+from independent import command_line
+from tqdm.auto import tqdm
+
+from dmvae_lib import DMVAEError, Schedule
+from dmvae_lib.paper.profiles import Profile
+from dmvae_lib.paper.published import MEASURES
+from dmvae_lib.paper.rows import TABLE1, TABLE2, Row
+from dmvae_lib.paper.runs import Run, Setting, setting
+from dmvae_lib.paper.tables import Results
+
+Cell = Mapping[str, Any]  # {"learning_rate": Adam's, "lambda": of the first modality, an option of the row: its value}
+TABLES = {1: TABLE1, 2: {title: row for title, row in TABLE2.items() if not row.fit}}  # GMM+HGLMM has no rate
+RATES = {1: (5e-4, 1e-3, 2e-3), 2: (2e-4, 7e-4, 2e-3)}
+LAMBDAS, INITIALISATIONS = (1.0, 3072 / 784, 50.0), ("pytorch", "release")
+OWN = {  # Table 2: an option of the row and its middle value; a third and three times as much are tried too
+    "Word2Vec": ("margin", 1.0),
+    "Word CNN": ("margin", 1.0),
+    "Word CNN-RNN": ("margin", 1.0),
+    "Triplet": ("margin", 0.2),
+    "IATV": ("temperature", 0.1),
+    "CMPM+CMPC": ("classification", 1.0),
+    "TIMAM": ("adversarial", 0.1),
+    "DMVAE": ("matching", 100.0),
+}
+REED = {"learning_rate": 7e-4, "margin": 1.0}  # github.com/reedscot/cvpr2016, by RMSprop
+AUTHORS: dict[int, dict[str, Cell]] = {  # {table: {row: what its authors publish of it}}
+    1: {
+        "MVAE": {"learning_rate": 1e-3, "initialise": "pytorch"},  # github.com/mhw32/multimodal-vae-public
+        "MMVAE": {"learning_rate": 1e-3, "lambda": 3072 / 784, "initialise": "pytorch"},  # github.com/iffsid/mmvae
+        "DMVAE": {"learning_rate": 1e-3, "lambda": 50.0, "initialise": "release"},  # github.com/seqam-lab/DMVAE
+    },
+    2: {
+        **dict.fromkeys(("Word2Vec", "Word CNN", "Word CNN-RNN"), REED),
+        # github.com/YingZhangDUT/Cross-Modal-Projection-Learning
+        "CMPM+CMPC": {"learning_rate": 2e-4, "classification": 1.0},
+    },
+}
+
+
+def cells(number: int, title: str) -> list[Cell]:
+    """The grid of a row. Table 1: rate, lambda of the first modality, initialisation; Table 2: rate and OWN value."""
+    axes: dict[str, tuple] = {"learning_rate": RATES[number]}
+    if number == 1:
+        axes |= {"lambda": LAMBDAS, "initialise": INITIALISATIONS}
+    elif title in OWN:
+        option, middle = OWN[title]
+        axes[option] = tuple(round(middle * factor, 3) for factor in (1 / 3, 1.0, 3.0))
+    return [dict(zip(axes, values)) for values in product(*axes.values())]
+
+
+def variant(row: Row, profile: Profile, cell: Cell) -> Row:
+    """The row with the cell's values in the place of its own, under a name of its own."""
+    options = dict(row.options) | {name: value for name, value in cell.items() if name in row.options}
+    if "lambda" in cell:
+        weights = row.arguments(profile)["weights"]
+        options["weights"] = weights | {next(iter(weights)): cell["lambda"]}
+    name = ".".join([f"grid-{row.name}", *(f"{key}-{value}".replace("_", "-") for key, value in cell.items())])
+    return replace(row, name=name, options=options, schedule=partial(at_rate, row.schedule, cell["learning_rate"]))
+
+
+def at_rate(schedule: Any, rate: float, profile: Profile) -> Schedule:
+    return replace(schedule(profile), learning_rate=rate)
+
+
+def present(row: Row, profile: Profile, cell: Cell) -> Cell:
+    """The row's own values of what `cell` sets."""
+    arguments = row.arguments(profile)
+    known = {"learning_rate": row.schedule(profile).learning_rate, **arguments}
+    if "lambda" in cell:
+        known["lambda"] = next(iter(arguments["weights"].values()))
+    return {name: known[name] for name in cell}
+
+
+def shortened(place: Setting, share: float) -> Setting:
+    """The setting on its validation data, every row with that share of its updates."""
+    steps = {
+        name: max(1, round(share * getattr(place.profile, name)))
+        for name in ("steps", "particle_steps", "retrieval_steps")
+    }
+    return replace(place, profile=replace(place.profile, **steps), evaluation="validation")
+
+
+def measure(number: int, place: Setting) -> pd.DataFrame:
+    """A line for every row and cell, in percent, over the setting's seeds; a cell that diverges has no score."""
+    lines = []
+    for title, cell in tqdm([(t, c) for t in TABLES[number] for c in cells(number, t)], desc="grid", unit="cell"):
+        row = variant(TABLES[number][title], place.profile, cell)
+        try:
+            found = [Run(row, seed, place).train().entry for seed in range(place.seeds)]
+        except DMVAEError as error:
+            print(f"{title}, {dict(cell)}: {error}", file=sys.stderr)
+            found = []
+        means = {
+            m: 100 * statistics.fmean(e["scores"][m] for e in found) for m in (found[0]["scores"] if found else ())
+        }
+        about = {"updates": row.schedule(place.profile).steps, "seeds": len(found)}
+        about["seconds"] = sum(entry["seconds"] for entry in found)
+        published = AUTHORS[number].get(title, {})
+        scores = {MEASURES.get(m, m): value for m, value in means.items()}
+        score = statistics.fmean(means.values()) if means else float("nan")
+        lines.append(
+            {
+                "row": title,
+                **cell,
+                **scores,
+                "score": score,
+                "authors": bool(published) and published.items() <= cell.items(),
+                **about,
+            }
+        )
+    return choose(pd.DataFrame(lines))
+
+
+def choose(frame: pd.DataFrame) -> pd.DataFrame:
+    """`measure`'s lines with "chosen": the highest score of each row, the first of equals."""
+    best = frame.dropna(subset="score").groupby("row")["score"].idxmax()
+    return frame.assign(chosen=frame.index.isin(best))
+
+
+def main() -> None:
+    parser = command_line(__doc__, profile="subset", table=2, seeds=1, device="auto", data="data", share=0.2)
+    options = vars(parser.parse_args())
+    number, share = options.pop("table"), options.pop("share")
+    try:
+        if number not in TABLES:
+            raise DMVAEError(f"there is no grid for table {number}; expected 1 or 2.")
+        place = setting(**options)
+        frame = measure(number, shortened(place, share)).round(4)
+        caption = (
+            f"The grid of Table {number}: {share:g} of the updates, {place.seeds} seed{'s' * (place.seeds > 1)}, validation "
+            "data, percent. `authors`: what a row's authors publish; `chosen`: the highest `score` of each row, the mean of "
+            "its measures."
+        )
+        Results(place, "benchmarks/grid.py").frame(f"grid_table{number}", frame.set_index("row"), caption)
+    except DMVAEError as error:
+        sys.exit(f"\n{error}")
+    print(frame.loc[frame["chosen"] | frame["authors"]].to_string())
+
+
+if __name__ == "__main__":
+    main()

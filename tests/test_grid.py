@@ -1,0 +1,108 @@
+"""benchmarks/grid.py: its cells, its choice, and that the rows use what it chose."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from toy import MVAE_ROW, ROW, place_in
+
+from dmvae_lib.paper import runs
+from dmvae_lib.paper.profiles import get_profile
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import grid  # noqa: E402
+
+SUBSET = get_profile("subset")
+EVERY = [(number, title, row) for number, rows in grid.TABLES.items() for title, row in rows.items()]
+COMMITTED = sorted((Path(__file__).parents[1] / "results").glob("*/grid_table[12].csv"))
+
+
+def test_every_row_has_as_many_cells_as_its_neighbours_and_its_authors_values_are_among_them():
+    assert {title: len(grid.cells(1, title)) for title in grid.TABLE1} == dict.fromkeys(grid.TABLE1, 18)
+    sizes = {title: len(grid.cells(2, title)) for title in grid.TABLES[2]}
+    parts = {
+        "matching loss alone": 3,
+        "DMVAE without matching loss": 3,
+    }  # DMVAE's own weight has nothing to weigh there
+    assert sizes == dict.fromkeys(grid.OWN, 9) | parts
+    for number, of_rows in grid.AUTHORS.items():
+        for title, published in of_rows.items():
+            assert any(published.items() <= cell.items() for cell in grid.cells(number, title)), title
+
+
+@pytest.mark.parametrize("number, title, row", EVERY, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_cell_sets_what_it_says_and_nothing_else(number, title, row):
+    variants = [(cell, grid.variant(row, SUBSET, cell)) for cell in grid.cells(number, title)]
+    assert len({made.name for _, made in variants}) == len(variants)
+    for cell, made in variants:
+        assert grid.present(made, SUBSET, cell) == cell
+        assert replace(made.schedule(SUBSET), learning_rate=0) == replace(row.schedule(SUBSET), learning_rate=0)
+        usual, arguments = row.arguments(SUBSET), made.arguments(SUBSET)
+        assert {name for name in usual if usual[name] != arguments[name]} <= cell.keys() | {"weights"}
+        if "lambda" in cell:
+            assert list(usual["weights"].items())[1:] == list(arguments["weights"].items())[1:]
+
+
+def lines(*scores):
+    return pd.DataFrame([{"row": row, "learning_rate": rate, "score": score} for row, rate, score in scores])
+
+
+def test_the_highest_score_of_each_row_is_chosen_and_the_first_of_equals():
+    nothing = float("nan")  # it diverged
+    frame = lines(("a", 1, 50.0), ("b", 1, nothing), ("a", 2, 60.0), ("b", 2, 10.0), ("a", 3, 60.0), ("c", 1, nothing))
+    assert grid.choose(frame)["chosen"].tolist() == [False, False, True, True, False, False]
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """The grid of two rows on toys, 2 rates, 1 lambda and 1 initialisation, a fifth of 40 updates, and its setting."""
+    monkeypatch.setattr(grid, "TABLES", {1: {"DMVAE": ROW, "MVAE": MVAE_ROW}})
+    monkeypatch.setattr(grid, "RATES", {1: (1e-3, 1e3)})
+    monkeypatch.setattr(grid, "LAMBDAS", (5.0,))
+    monkeypatch.setattr(grid, "INITIALISATIONS", ("pytorch",))
+    return replace(grid.shortened(place_in(tmp_path), 0.2), seeds=2)
+
+
+def test_the_grid_is_of_short_runs_on_validation_data_and_an_interrupted_one_goes_on(toys, monkeypatch):
+    usual, begun = runs.train, []
+
+    def interrupted(model, data, plan, *arguments, **options):
+        begun.append(plan.learning_rate)
+        if len(begun) == 7:  # two judges and, in pairs of seeds, two cells and a half
+            raise KeyboardInterrupt
+        return usual(model, data, plan, *arguments, **options)
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grid.measure(1, toys)
+    found = grid.measure(1, toys)
+    assert len(begun) == 2 + 4 * 2 + 1 and not toys.results.exists()
+    assert found["row"].tolist() == ["DMVAE", "DMVAE", "MVAE", "MVAE"] and (found["updates"] == 8).all()
+    assert (
+        toys.runs / "toys-validation" / "grid-toy-mvae.learning-rate-0.001.lambda-5.0.initialise-pytorch-1"
+    ).exists()
+    measures = ["left->top", "top->left", "Joint"]
+    scored = found.dropna(subset="score")
+    assert scored["score"].tolist() == pytest.approx(scored[measures].mean(axis=1).tolist())
+    assert found["seeds"].isin([0, 2]).all() and found["chosen"].sum() == 2
+    begun.clear()
+    pd.testing.assert_frame_equal(grid.measure(1, toys), found)
+    assert set(begun) <= {1e3}  # what diverges is tried again
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
+def test_the_rows_use_what_the_committed_grid_chose(path):
+    number, profile = int(path.stem[-1]), get_profile(path.parent.name)
+    frame = pd.read_csv(path)
+    assert (
+        frame["chosen"].tolist() == grid.choose(frame)["chosen"].tolist()
+    )  # by the rule, of the scores that are there
+    for title, row in grid.TABLES[number].items():
+        of_row = frame[frame["row"] == title]
+        cells = grid.cells(number, title)
+        assert of_row[list(cells[0])].to_dict("records") == cells, title
+        best = cells[of_row["chosen"].to_numpy().argmax()]
+        assert grid.present(row, profile, best) == best, f"{title}: {path} chose {best}; write it into its row"
