@@ -311,7 +311,7 @@ def test_validation_has_a_place_of_its_own_and_every_run_its_curve_of_validation
     assert validation.folder == tmp_path / "runs" / "toys-validation" / "toy-dmvae-0"
     assert validation.entry_path.parent == validation.folder and not place.results.exists()
     curve = validation.entry["curve"]
-    assert curve["updates"] == [16, 32, 40] and curve["left->top"][-1] == pytest.approx(
+    assert curve["updates"] == [8, 16, 24, 32, 40] and curve["left->top"][-1] == pytest.approx(
         validation.scores["left->top"], 1e-5
     )
     test = Run(ROW, 0, place).train()
