@@ -59,12 +59,13 @@ def table(
     """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
 
     rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
-    the ledger's files in the table, "runs", and the test data's fingerprints, "data". Raises DMVAEError for entries on
+    the ledger's files in the table, "runs", the test data's fingerprints, "data", and what `check` needs, "measured". Raises DMVAEError for entries on
     other test data than their neighbours', and as `ledger` does.
     """
     entries = ledger(setting)
     tested: dict[str, tuple[str, str]] = {}
     values: dict[str, list] = {title: [] for title in rows}
+    measured: dict[str, dict] = {title: {} for title in rows}
     used: dict[str, None] = {}  # a set in order
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
@@ -84,9 +85,10 @@ def table(
                     f"one table needs one. `make reproduce` with SEEDS={seed + 1} or more makes them anew on this data."
                 )
             values[title].append(entry["scores"])
+            measured[title][seed] = _measured(entry)
             used[file] = None
     made = compare(values, paper or {})
-    made.attrs |= {"runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
+    made.attrs |= {"measured": measured, "runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
     return made
 
 
@@ -129,22 +131,61 @@ def _text(value: float, form: str = ".1f") -> str:
     return "–" if pd.isna(value) else f"{value:{form}}"
 
 
-def check(claims: Iterable[Claim], table: pd.DataFrame) -> pd.DataFrame:
-    """Whether each claim of the paper's text holds in `compare`'s table: a line each, with the two numbers compared.
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided at this budget"
 
-    A difference smaller than the standard deviations of the two cells together is marked as within the spread.
+
+def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") -> pd.DataFrame:
+    """What the ledger says of each claim, by the entries in `table`: a line each, with the numbers and the verdict.
+
+    The claim's difference is taken seed by seed, over the seeds that both cells have, with its 95 % `interval`.
+    Confirmed: all of the interval lies where the claim puts it; refuted: none of it does; else it is not decided.
+    judge: "usual", or "strong" for the scores that the strong judges give.
     """
     lines = []
     for claim in claims:
-        greater, than = (table.loc[(row, MEASURES.get(m, m))] for row, m in (claim.greater, claim.than))
-        difference = greater["mean"] - claim.factor * than["mean"]
-        spread = (greater["sd"] ** 2 + (claim.factor * than["sd"]) ** 2) ** 0.5  # missing with one seed: then no mark
-        verdict = "holds" if difference > 0 else "no runs" if pd.isna(difference) else "does not hold"
-        verdict += ", within the spread of seeds" if abs(difference) < spread else ""
-        factor = "" if claim.factor == 1 else f"{claim.factor:g} × "
-        means = f"{claim.greater[0]} {_text(greater['mean'])} > {factor}{claim.than[0]} {_text(than['mean'])}"
-        lines.append((claim.text, means, verdict))
-    return pd.DataFrame(lines, columns=["claim", "means", "here"]).set_index("claim")
+        row, measure = claim.cell
+        other = (row, f"chance of {measure}") if isinstance(claim.than, str) else claim.than
+        cell, than = _of(table, claim.cell, judge), _of(table, other, judge)
+        seeds = sorted(cell.keys() & than.keys())
+        mean, low, high = interval([cell[seed] - than[seed] for seed in seeds])
+        inside, outside = claim.low <= low and high <= claim.high, high <= claim.low or claim.high <= low
+        verdict = "not measured" if not seeds else CONFIRMED if inside else REFUTED if outside else OPEN
+        numbers = [
+            statistics.fmean(values[seed] for seed in seeds) if seeds else float("nan") for values in (cell, than)
+        ]
+        between = "" if len(seeds) < 2 else f" [{low:+.1f}, {high:+.1f}]"
+        difference = _text(mean, "+.1f") + between
+        lines.append((claim.text, claim.where, *map(_text, numbers), difference, len(seeds), verdict))
+    columns = ["claim", "in", "here", "against", "difference [95 %]", "seeds", "verdict"]
+    return pd.DataFrame(lines, columns=columns).set_index("claim")
+
+
+def _of(table: pd.DataFrame, place: tuple[str, str] | float, judge: str) -> dict[int, float]:
+    """{seed: percent} of a cell; percent that are given are every seed's."""
+    measured = table.attrs["measured"]
+    if isinstance(place, float):
+        return {seed: place for of_row in measured.values() for seed in of_row}
+    row, measure = place
+    return {seed: 100 * by[judge][measure] for seed, by in measured.get(row, {}).items() if measure in by[judge]}
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of a 95 % interval for the mean over seeds (Student's t); endless with fewer than two."""
+    from scipy.stats import t as student
+
+    n = len(differences)
+    mean = statistics.fmean(differences) if n else float("nan")
+    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
+    return mean, mean - half, mean + half
+
+
+def _measured(entry: Mapping) -> dict[str, dict[str, float]]:
+    """{judge: {measure: share}} of an entry: its scores, what else it says of the codes, and what chance would score."""
+    rest = entry.get("codes", {}) | {
+        f"chance of {measure}": share for measure, share in entry.get("chance", {}).items()
+    }
+    by = {"usual": entry["scores"], "strong": entry.get("strong", {}).get("scores", {})}
+    return {judge: scores | rest for judge, scores in by.items()}
 
 
 def median(runs: Iterable[Run]) -> Run:
