@@ -9,7 +9,7 @@ from torch import nn
 from toy import ROW, TOY, place_in
 
 from dmvae_lib import DiagonalGaussian, DMVAEError, PairedData
-from dmvae_lib.paper.codes import codes, synthesised
+from dmvae_lib.paper.codes import codes, misread, synthesised
 from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.networks import Augment
 from dmvae_lib.paper.rows.digits import judged, strong_judges
@@ -47,7 +47,7 @@ class Known(nn.Module):
         lead = torch.broadcast_shapes(private.shape[:-1], shared.shape[:-1])
         return torch.cat([shared.expand(*lead, CLASSES), private.expand(*lead, 1)], -1)
 
-    def cross_generate(self, batch, target, n, generator=None):
+    def cross_generate(self, batch, target, n=1, generator=None):
         return torch.stack([*batch.values()] * n)
 
 
@@ -104,6 +104,21 @@ def test_figure_4_has_a_style_a_row_or_samples_where_there_are_none():
     assert synthesised(without, {"a": batch["a"]}, "b").shape == (5, 8, CLASSES + 1)
     measures = codes(without, splits_of(), {"a": read, "b": read})["codes"]
     assert not [measure for measure in measures if measure.startswith(("style", "private"))]
+
+
+def test_the_failures_shown_are_the_first_of_each_class_that_the_judge_misreads():
+    pairs = splits_of(40).test  # labels 0 1 2 3 0 1 2 3 …
+    kept = pairs.items["a"][:, -1] > 0  # a judge that is wrong where the style is positive, and never on class 2
+
+    def judge(x):
+        wrong = (x[:, -1] > 0) & (x[:, :CLASSES].argmax(1) != 2)
+        return torch.where(wrong[:, None], x[:, :CLASSES].roll(1, 1), x[:, :CLASSES])
+
+    given, drawn, read = misread(Known(), pairs, judge, "a", "b")
+    assert read == [1, 2, None, 0] and (given[2] == 1).all() and (drawn[2] == 1).all()
+    for label in (0, 1, 3):
+        first = (kept & (pairs.labels == label)).nonzero()[0, 0]
+        assert torch.equal(given[label], pairs.items["a"][first])
 
 
 def test_data_without_classes_are_refused():

@@ -21,7 +21,21 @@ from dmvae_lib.paper.published import CHANCE, MEASURES, Claim
 from dmvae_lib.paper.rows import TABLE1, TABLE2, TABLE3
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, setting
-from dmvae_lib.paper.tables import BEGIN, END, MARK, Results, check, compare, index, ledger, median, readable, table
+from dmvae_lib.paper.tables import (
+    BEGIN,
+    END,
+    MARK,
+    Results,
+    check,
+    compare,
+    index,
+    ledger,
+    median,
+    readable,
+    table,
+    two_judges,
+    which,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,6 +189,26 @@ def test_the_same_is_within_a_margin_and_percent_may_be_given(place):
     half = Claim("most", "Fig. 6", ("One", "joint"), 50.0)
     found = verdicts(place, [same, half], One=(0.60, 0.70, 0.80), Two=(0.59, 0.70, 0.81))
     assert found["verdict"].tolist() == ["confirmed", "not decided at this budget"]
+
+
+def test_two_judges_stand_side_by_side_and_where_they_decide_otherwise(place):
+    for title, scores in {"One": (0.50, 0.61, 0.72), "Two": (0.40, 0.50, 0.60), "Three": (0.3, 0.4, 0.5)}.items():
+        for seed, share in enumerate(scores):
+            strong = {"joint": 0.9 - share if title == "One" else share}  # it turns the first row round
+            record(place, ROWS[title], seed, share, strong={"scores": strong})
+    record(place, ROWS["Two"], 3, 0.99)  # a run that the strong judge has not seen
+    scored, turned = two_judges(table(ROWS, place))
+    assert scored["Joint"].loc["Two"].to_dict() == {"usual": "50.0 ± 10.0", "strong": "50.0 ± 10.0"}
+    assert scored["Joint"].loc["One", "strong"] == "29.0 ± 11.0"
+    assert turned.index.tolist() == ["One above Two, Joint", "One above Three, Joint"]
+    assert turned["verdict"].tolist() == ["confirmed"] * 2
+    assert turned["verdict, strong judge"].tolist() == ["not decided at this budget"] * 2
+
+
+def test_a_caption_names_the_seed_and_of_how_many(place):
+    run = Run(ROWS["One"], 2, place)
+    assert which(run) == "seed 2, the only one here"
+    assert which(replace(run, setting=replace(place, seeds=3))) == "seed 2, the median of 3 by their scores"
 
 
 def test_the_papers_own_numbers_fulfil_the_papers_claims():

@@ -12,6 +12,7 @@ from dmvae_lib.analysis import distinct_codes, linear_probe, mixing, neighbour_a
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.metrics import chance, predict
 from dmvae_lib.models import MultimodalVAE
+from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper.data import Splits
 
 EMBEDDED, PROBED = 400, 4_000  # test pairs: Fig. 5 has 400
@@ -34,6 +35,27 @@ def synthesised(model: MultimodalVAE, observed: Mapping[str, Tensor], target: st
         return model.cross_generate(observed, target, STYLES, generator=generator)
     shared = model.infer(observed).joint.rsample(generator)
     return model.mean(target, distinct_codes(model, target, STYLES)[:, None], shared)
+
+
+@torch.no_grad()
+def misread(
+    model: MultimodalVAE, pairs: PairedData, judge: nn.Module, source: str, target: str
+) -> tuple[Tensor, Tensor, list[int | None]]:
+    """Figure 4's failures, by a rule: of each class the first pair, by index, whose item drawn from `source` with a
+    private code of the prior the judge of `target` misreads. The sources' items, those drawn, and as what they are read;
+    white and None for a class whose first 1,000 pairs have none."""
+    assert pairs.labels is not None
+    device, given, drawn, read = next(model.parameters()).device, [], [], []
+    generator = torch.Generator(device).manual_seed(0)
+    for label in pairs.labels.unique():
+        x = pairs.batch((pairs.labels == label).nonzero()[:1_000, 0])[source].to(device)
+        made = model.cross_generate({source: x}, target, generator=generator)[0]
+        seen = predict(judge, made)
+        wrong = (seen != label).nonzero()[:1, 0]
+        given.append(x[wrong] if len(wrong) else torch.ones_like(x[:1]))
+        drawn.append(made[wrong] if len(wrong) else torch.ones_like(made[:1]))
+        read.append(int(seen[wrong]) if len(wrong) else None)
+    return torch.cat(given), torch.cat(drawn), read
 
 
 @torch.no_grad()

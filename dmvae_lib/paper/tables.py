@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from time import gmtime, strftime
 
@@ -160,6 +161,48 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
     return pd.DataFrame(lines, columns=columns).set_index("claim")
 
 
+def two_judges(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows as the usual and the strong judges score them, mean ± sd in percent; every two rows whose order one judge's
+    95 % interval decides, and the other's decides otherwise, or not at all); of the runs that both have scored."""
+    scored: dict[str, dict[tuple[str, str], str]] = {}
+    measures: dict[str, None] = {}
+    for row, seeds in table.attrs["measured"].items():
+        of = {seed: by for seed, by in seeds.items() if "joint" in by["strong"]}
+        for measure in (measure for measure in MEASURES if any(measure in by["strong"] for by in of.values())):
+            measures[measure] = None
+            for judge in ("usual", "strong"):
+                scored.setdefault(row, {})[MEASURES[measure], judge] = spread(
+                    [by[judge][measure] for by in of.values()]
+                )
+    pairs = [
+        Claim(f"{a} above {b}, {MEASURES[measure]}", "", (a, measure), (b, measure))
+        for measure in measures
+        for a, b in combinations(scored, 2)
+    ]
+    usual, strong = check(pairs, table), check(pairs, table, "strong")
+    order = usual[["verdict", "difference [95 %]"]].join(
+        strong[["verdict", "difference [95 %]"]], rsuffix=", strong judge"
+    )
+    return pd.DataFrame(scored).T, order[usual["verdict"] != strong["verdict"]]
+
+
+def beyond_scores(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """{title: a measure of `dmvae_lib.paper.codes`, or "chance of " one} as columns, of every row: `spread` over its seeds."""
+    of_rows = {row: [by["usual"] for by in seeds.values()] for row, seeds in table.attrs["measured"].items()}
+    cells = {
+        title: {row: spread([of[measure] for of in every if measure in of]) for row, every in of_rows.items()}
+        for title, measure in columns.items()
+    }
+    return pd.DataFrame(cells)
+
+
+def spread(shares: Sequence[float]) -> str:
+    """The mean ± standard deviation of shares, one for each seed, in percent; with one alone itself."""
+    percents = [100 * share for share in shares]
+    sd = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):.1f}{sd}" if percents else "–"
+
+
 def _of(table: pd.DataFrame, place: tuple[str, str] | float, judge: str) -> dict[int, float]:
     """{seed: percent} of a cell; percent that are given are every seed's."""
     measured = table.attrs["measured"]
@@ -194,6 +237,12 @@ def median(runs: Iterable[Run]) -> Run:
     return ranked[(len(ranked) - 1) // 2]
 
 
+def which(run: Run) -> str:
+    """How a caption names the run that `median` chose among the setting's seeds."""
+    n = run.setting.seeds
+    return f"seed {run.seed}, " + (f"the median of {n} by their scores" if n > 1 else "the only one here")
+
+
 # --- results/ ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +273,7 @@ class Results:
         for character, command in (("→", r"$\rightarrow$"), ("±", r"$\pm$"), ("–", "--")):
             latex = latex.replace(character, command)
         markdown = f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n"
-        texts = {"csv": table.to_csv(float_format="%.4f"), "md": markdown, "tex": latex}
+        texts = {"csv": table.to_csv(), "md": markdown, "tex": latex}
         self._keep(name, caption, [*table.attrs.get("runs", ()), *runs], texts)
         return shown
 
