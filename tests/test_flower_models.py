@@ -798,7 +798,18 @@ def test_a_run_is_evaluated_on_the_test_split():
     setting = SimpleNamespace(splits=lambda data_set: Splits(other, data, {}, "embedded"))
     run = SimpleNamespace(model=Given(), setting=setting, row=TABLE2["DMVAE"])
     assert retrieval_of(run) == evaluate_retrieval(Given(), data) != evaluate_retrieval(Given(), other)
-    assert retrieval_of(run).keys() == {"scores", "rank1_interval", "ap50_interval", "per_class"}
+    assert retrieval_of(run).keys() == {"scores", "rank1_interval", "ap50_interval", "per_class", "codes"}
+
+
+def test_the_three_nearest_captions_and_images_of_figures_6_and_7():
+    """By hand: an image of class 0, two of class 1, four captions; the third is of class 1 and looks like class 0."""
+    captions = torch.tensor([[1, 0.1], [1, 0.2], [0.9, 0.3], [0, 1.0]])
+    items = {"image": torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), "text": captions[:, None]}
+    labels = {"image": torch.tensor([0, 1, 1]), "text": torch.tensor([0, 0, 1, 1])}
+    data = PairedData(items, {"image": torch.tensor([0, 1]), "text": torch.tensor([0, 3])}, labels)
+    found = evaluate_retrieval(Given(), data, k=1)["codes"]
+    assert found["top 3 captions"] == pytest.approx(6 / 9)  # 0 1 and not 2; 3 2 and not 1, twice
+    assert found["top 3 images"] == 0.5  # there are only three: one right for two captions, two for two
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

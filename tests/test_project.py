@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from dmvae_lib.files import verify
+from dmvae_lib.paper import published
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.runs import setting
 from dmvae_lib.paper.tables import index, ledger, table
@@ -85,6 +86,60 @@ def test_notebooks_have_one_parameters_cell_and_compare_something_with_nbval(pat
     (parameters,) = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert [line.split(" = ")[0] for line in parameters.splitlines()] == ["profile", "seeds", "device", "data"]
     assert any("nbval-check-output" in tag for tag in tags)
+
+
+# --- numbers in the notebooks' text: a run's belong into outputs, which are made anew --------------------------------
+
+NO_RESULTS = (
+    re.compile(  # code, formulas, links, headings; what the paper's parts and the notebooks are called; years; names
+        r"`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|^#+ [\d ·]*|\(\d(?:\.\d)?\)|"
+        r"\b(?:[Ss]ec|[Ff]ig|[Ee]q|[Tt]able|[Ff]igure|[Ss]ection|[Nn]otebook|[Ee]quation)s?\.? ?"
+        r"\d[\d.]*[a-z]?(?:[,–-]? ?(?:and|to|or)? ?\d[\d.]*[a-z]?)*|"
+        r"\bet al\. \d{4}|\b[A-Za-z]+[-@]\d+(?:\.\d+)?",
+        re.S | re.M,
+    )
+)
+PROTOCOL = {
+    *("95", "50"),  # percent of an interval; AP@50's images
+    *("-1", "3", "10", "64"),  # Fig. 4's steps of MNIST's code; sizes of the paper's latent spaces
+    *("8", "9"),  # of the captions and images in Figs. 6 and 7, how many are right
+    *("0", "1"),
+}
+
+
+def typed(cells) -> list[str]:
+    """Numbers in the text of a notebook's cells that are neither the paper's, nor the protocol's, nor in its code."""
+    papers = [of for table in (published.TABLE1, published.TABLE2, published.TABLE3) for of in table.values()]
+    known = PROTOCOL | {form for of in papers for percent in of.values() for form in (f"{percent:g}", f"{percent:.1f}")}
+    number = re.compile(r"(?<![\w.])[−-]?\d[\d,]*(?:\.\d+)?(?!\w)")
+    code = " ".join(cell.source for cell in cells if cell.cell_type == "code")
+    known |= {literal.replace("_", "") for literal in re.findall(r"(?<![\w.])\d[\d_]*(?:\.\d+)?(?!\w)", code)}
+    found = []
+    for cell in cells:
+        text = NO_RESULTS.sub(" ", cell.source) if cell.cell_type == "markdown" else ""
+        for match in number.finditer(text):
+            bare = match[0].replace("−", "-").replace(",", "")
+            if not {bare, bare.lstrip("-")} & known:
+                found.append(f"{match[0]} in “…{text[max(0, match.start() - 40) : match.end() + 20]}…”")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_number_that_a_run_makes_is_typed_into_the_text(path):
+    assert not typed(nbformat.read(path, as_version=4).cells), "compute it, or say where the paper has it"
+
+
+def test_what_counts_as_a_typed_number():
+    def of(text, code=""):
+        return len(typed([nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(code)]))
+
+    assert of("DMVAE is right in 41.5 % of the pairs, 12 points above MMVAE.") == 2
+    assert of("The judge is right on 1,940 images; a fall by −3.7.") == 2
+    assert (
+        of("# 07 · Table 2\n\nTables 1, 2 and 3, Figs. 4 and 5 (Sec. 5.1), notebooks 03 and 12; Shi et al. 2019") == 0
+    )
+    assert of("The paper has 88.1 and 17.03; $x_2 = 7.7$, `n=77`, Oxford-102, AP@50, 95 % intervals") == 0
+    assert of("from −2.5 to 2.5", "steps = torch.linspace(-2.5, 2.5, 9)") == 0
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
+import torch
 from safetensors.torch import load_model, save
 from torch import nn
 
@@ -38,12 +39,15 @@ OWN_NETWORKS = """The encoders and decoders are code and not in here: load it wi
 class Saved(nn.Module):
     """Saving and loading for a `MultimodalVAE`."""
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, precision: torch.dtype | None = None) -> None:
         """Writes model.safetensors and config.json into `folder`, each whole or not at all.
-        Raises DMVAEError for a folder that cannot be written."""
+        precision: in which weights are written, as torch.float16 for half the size; None: as they are. `load` gives
+        float32 either way. Raises DMVAEError for a folder that cannot be written."""
         folder = Path(folder)
         once = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}  # networks may be shared
         weights = {name: values.contiguous() for name, values in self.state_dict().items() if name in once}
+        if precision is not None:
+            weights = {name: x.to(precision) if x.is_floating_point() else x for name, x in weights.items()}
         with atomic_write(folder / WEIGHTS) as temporary:
             temporary.write_bytes(save(weights))  # safetensors' own writer hides what is wrong with the disk
         about = {"about": self.about} if self.about else {}

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def pretrained(source: str | Path, row: Row | None = None, **options: Any) -> MultimodalVAE:
-    """The model of a row, saved by `model.save` or pushed to the Hub, its networks made anew; ready for inference.
+    """The model of a row, its networks made anew, with saved weights; on the CPU, ready for inference.
 
-    source: a folder, or a repository of the Hub, with options as `revision="a commit"`; row: where it is none of `ROWS`.
+    source: "dmvae-mnist-svhn" or "dmvae-flowers", profile `subset`'s in a checkout (results/subset/models); a folder; or
+    a repository of the Hub, with options as `revision="a commit"`. row: where it is none of `ROWS`.
     Raises DMVAEError as `load` does, and for a model that no row made.
     """
+    from pathlib import Path
+
     import torch
 
     from dmvae_lib.errors import DMVAEError
@@ -28,7 +31,8 @@ def pretrained(source: str | Path, row: Row | None = None, **options: Any) -> Mu
     from dmvae_lib.paper.data import Splits
     from dmvae_lib.paper.rows import ROWS
 
-    folder = fetched(source, **options)
+    ours = Path(__file__).resolve().parents[2] / "results" / "subset" / "models" / source
+    folder = fetched(ours if ours.is_dir() and not Path(source).is_dir() else source, **options)
     config = read_config(folder)
     about = config.get("about", {})
     if row is None and (row := ROWS.get(about.get("row", ""))) is None:

@@ -121,6 +121,55 @@ def digit_classifier(channels: int, size: int) -> nn.Module:
     )  # fmt: skip
 
 
+class Augment(nn.Module):
+    """While training, each image (B, C, H, W) in [0, 1] turned, scaled, sheared and moved, its contrast and brightness
+    changed, and every second one's colours inverted; in evaluation the images as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        n = len(x)
+
+        def uniform(*shape: int, most: float) -> Tensor:
+            return most * (2 * torch.rand(n, *shape, device=x.device) - 1)
+
+        maps = torch.eye(2, 3, device=x.device) + torch.cat([uniform(2, 2, most=0.2), uniform(2, 1, most=0.15)], 2)
+        grid = nn.functional.affine_grid(maps, list(x.shape), align_corners=False)
+        x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = (x - mean) * (1 + uniform(1, 1, 1, most=0.5)) + mean + uniform(1, 1, 1, most=0.2)
+        return torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, 1 - x, x).clamp(0, 1)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions and a way round them (He et al. 2016), (B, inputs, H, W) -> (B, outputs, H/stride, W/stride)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        around = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.around = (
+            nn.Identity() if (inputs, stride) == (outputs, 1) else nn.Sequential(around, nn.BatchNorm2d(outputs))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inner(x) + self.around(x))
+
+
+def residual_classifier(channels: int, classes: int = 10) -> nn.Module:
+    """(B, channels, H, W) images in [0, 1] -> (B, classes) logits: the strong judge, beside the protocol's. Ours.
+
+    A convolution and a pooling, then four residual blocks of 32, 64, 128 and 128 channels: 0.6 million weights.
+    """
+    layers = [nn.Conv2d(channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+    blocks = [Residual(32, 32), Residual(32, 64, 2), Residual(64, 128, 2), Residual(128, 128)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes)]
+    return nn.Sequential(Augment(), *layers, *blocks, *head).to(memory_format=torch.channels_last)
+
+
 class JointEncoder(nn.Module):
     """JMVAE's and TELBO's joint network, {name: (B, ...)} of all modalities -> (B, 2 * shared_dim) statistics.
 

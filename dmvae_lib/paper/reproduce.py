@@ -24,8 +24,17 @@ from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
+from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.rows import ROWS
-from dmvae_lib.paper.rows.digits import CLASSIFIERS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
+from dmvae_lib.paper.rows.digits import (
+    CLASSIFIERS,
+    RELATED,
+    RELEASE,
+    TABLE1,
+    TABLE3,
+    learning_curve,
+    strong_judges,
+)
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.rows.incomplete import incomplete
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
@@ -49,15 +58,16 @@ def reproduce(place: Setting, scheduler: str | None = "auto") -> None:
 
 
 def runs_of(place: Setting) -> list[Run]:
-    """The judges, every row and the incomplete ones with each of the setting's seeds, the learning curve; missing data
-    are an error at once."""
+    """The judges, the strong ones too where the profile has them, every row and the incomplete ones with each of the
+    setting's seeds, the learning curve; missing data are an error at once."""
     for data in {row.data.name: row.data for row in ROWS.values()}.values():
         place.splits(data)
     judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
     with_gaps = {row.name: row for rows in incomplete(place.profile).values() for row in rows.values()}
     rows = [row for row in (ROWS | with_gaps).values() if row not in judges]
     several = [Run(row, seed, place) for seed in range(place.seeds) for row in rows]  # a table of few seeds is whole
-    return [*(Run(row, 0, place) for row in judges), *several, *(Run(row, 0, place) for row in curve)]
+    strong = strong_judges(place, MNIST_SVHN).values()
+    return [*(Run(row, 0, place) for row in judges), *strong, *several, *(Run(row, 0, place) for row in curve)]
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------------

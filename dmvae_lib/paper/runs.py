@@ -32,6 +32,7 @@ from dmvae_lib.files import (
     verify,
     write_json,
 )
+from dmvae_lib.models.saving import load_weights, read_config
 from dmvae_lib.paper.data import EVALUATIONS, DataSet, Splits
 from dmvae_lib.paper.profiles import Profile, get_profile
 from dmvae_lib.training import resolve_device, train
@@ -163,13 +164,21 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The trained model, ready for inference on the setting's device."""
+        """The trained model, ready for inference on the setting's device.
+
+        Where the run is not on this machine but is the one in results/<profile>/models (`dmvae_lib.paper.weights`), that
+        one, which has its weights in half precision; nothing is trained for it.
+        """
+        device, here_already = resolve_device(self.setting.device), (self.folder / ENTRY).exists()
+        for path in [] if here_already else (self.setting.results / "models").glob("*/config.json"):
+            if read_config(path.parent).get("about", {}).get("run") == self.config:
+                return load_weights(self._new_model(), path.parent).to(device)
         here = self.train().__dict__
         if "model" not in here:
             verify(self.folder / WEIGHTS, here["entry"]["files"][WEIGHTS], self._repair)
             here["model"] = self._new_model()
             here["model"].load_state_dict(load((self.folder / WEIGHTS).read_bytes()))
-            here["model"].to(resolve_device(self.setting.device)).eval()
+            here["model"].to(device).eval()
         return here["model"]
 
     @cached_property
@@ -205,6 +214,14 @@ class Run:
                         temporary.write_bytes(written)
         self.__dict__["entry"] = entry
         return self
+
+    def evaluate(self) -> Run:
+        """Scores the weights that are here anew, where the row's `evaluate` has changed, and rewrites the entry."""
+        found = self.row.evaluate(self)
+        with locked(self.folder, f"scoring {self}"):
+            former = {name: value for name, value in self.entry.items() if name != "sha256"}
+            write_json(self.folder / ENTRY, seal(former | found))
+        return self.train()
 
     @property
     def _repair(self) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from time import gmtime, strftime
 
@@ -59,12 +60,13 @@ def table(
     """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
 
     rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
-    the ledger's files in the table, "runs", and the test data's fingerprints, "data". Raises DMVAEError for entries on
+    the ledger's files in the table, "runs", the test data's fingerprints, "data", and what `check` needs, "measured". Raises DMVAEError for entries on
     other test data than their neighbours', and as `ledger` does.
     """
     entries = ledger(setting)
     tested: dict[str, tuple[str, str]] = {}
     values: dict[str, list] = {title: [] for title in rows}
+    measured: dict[str, dict] = {title: {} for title in rows}
     used: dict[str, None] = {}  # a set in order
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
@@ -84,9 +86,10 @@ def table(
                     f"one table needs one. `make reproduce` with SEEDS={seed + 1} or more makes them anew on this data."
                 )
             values[title].append(entry["scores"])
+            measured[title][seed] = _measured(entry)
             used[file] = None
     made = compare(values, paper or {})
-    made.attrs |= {"runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
+    made.attrs |= {"measured": measured, "runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
     return made
 
 
@@ -129,28 +132,115 @@ def _text(value: float, form: str = ".1f") -> str:
     return "–" if pd.isna(value) else f"{value:{form}}"
 
 
-def check(claims: Iterable[Claim], table: pd.DataFrame) -> pd.DataFrame:
-    """Whether each claim of the paper's text holds in `compare`'s table: a line each, with the two numbers compared.
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided at this budget"
 
-    A difference smaller than the standard deviations of the two cells together is marked as within the spread.
+
+def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") -> pd.DataFrame:
+    """What the ledger says of each claim, by the entries in `table`: a line each, with the numbers and the verdict.
+
+    The claim's difference is taken seed by seed, over the seeds that both cells have, with its 95 % `interval`.
+    Confirmed: all of the interval lies where the claim puts it; refuted: none of it does; else it is not decided.
+    judge: "usual", or "strong" for the scores that the strong judges give.
     """
     lines = []
     for claim in claims:
-        greater, than = (table.loc[(row, MEASURES.get(m, m))] for row, m in (claim.greater, claim.than))
-        difference = greater["mean"] - claim.factor * than["mean"]
-        spread = (greater["sd"] ** 2 + (claim.factor * than["sd"]) ** 2) ** 0.5  # missing with one seed: then no mark
-        verdict = "holds" if difference > 0 else "no runs" if pd.isna(difference) else "does not hold"
-        verdict += ", within the spread of seeds" if abs(difference) < spread else ""
-        factor = "" if claim.factor == 1 else f"{claim.factor:g} × "
-        means = f"{claim.greater[0]} {_text(greater['mean'])} > {factor}{claim.than[0]} {_text(than['mean'])}"
-        lines.append((claim.text, means, verdict))
-    return pd.DataFrame(lines, columns=["claim", "means", "here"]).set_index("claim")
+        row, measure = claim.cell
+        other = (row, f"chance of {measure}") if isinstance(claim.than, str) else claim.than
+        cell, than = _of(table, claim.cell, judge), _of(table, other, judge)
+        seeds = sorted(cell.keys() & than.keys())
+        mean, low, high = interval([cell[seed] - than[seed] for seed in seeds])
+        inside, outside = claim.low <= low and high <= claim.high, high <= claim.low or claim.high <= low
+        verdict = "not measured" if not seeds else CONFIRMED if inside else REFUTED if outside else OPEN
+        numbers = [
+            statistics.fmean(values[seed] for seed in seeds) if seeds else float("nan") for values in (cell, than)
+        ]
+        between = "" if len(seeds) < 2 else f" [{low:+.1f}, {high:+.1f}]"
+        difference = _text(mean, "+.1f") + between
+        lines.append((claim.text, claim.where, *map(_text, numbers), difference, len(seeds), verdict))
+    columns = ["claim", "in", "here", "against", "difference [95 %]", "seeds", "verdict"]
+    return pd.DataFrame(lines, columns=columns).set_index("claim")
+
+
+def two_judges(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows as the usual and the strong judges score them, mean ± sd in percent; every two rows whose order one judge's
+    95 % interval decides, and the other's decides otherwise, or not at all); of the runs that both have scored."""
+    scored: dict[str, dict[tuple[str, str], str]] = {}
+    measures: dict[str, None] = {}
+    for row, seeds in table.attrs["measured"].items():
+        of = {seed: by for seed, by in seeds.items() if "joint" in by["strong"]}
+        for measure in (measure for measure in MEASURES if any(measure in by["strong"] for by in of.values())):
+            measures[measure] = None
+            for judge in ("usual", "strong"):
+                scored.setdefault(row, {})[MEASURES[measure], judge] = spread(
+                    [by[judge][measure] for by in of.values()]
+                )
+    pairs = [
+        Claim(f"{a} above {b}, {MEASURES[measure]}", "", (a, measure), (b, measure))
+        for measure in measures
+        for a, b in combinations(scored, 2)
+    ]
+    usual, strong = check(pairs, table), check(pairs, table, "strong")
+    order = usual[["verdict", "difference [95 %]"]].join(
+        strong[["verdict", "difference [95 %]"]], rsuffix=", strong judge"
+    )
+    return pd.DataFrame(scored).T, order[usual["verdict"] != strong["verdict"]]
+
+
+def beyond_scores(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """{title: a measure of `dmvae_lib.paper.codes`, or "chance of " one} as columns, of every row: `spread` over its seeds."""
+    of_rows = {row: [by["usual"] for by in seeds.values()] for row, seeds in table.attrs["measured"].items()}
+    cells = {
+        title: {row: spread([of[measure] for of in every if measure in of]) for row, every in of_rows.items()}
+        for title, measure in columns.items()
+    }
+    return pd.DataFrame(cells)
+
+
+def spread(shares: Sequence[float]) -> str:
+    """The mean ± standard deviation of shares, one for each seed, in percent; with one alone itself."""
+    percents = [100 * share for share in shares]
+    sd = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):.1f}{sd}" if percents else "–"
+
+
+def _of(table: pd.DataFrame, place: tuple[str, str] | float, judge: str) -> dict[int, float]:
+    """{seed: percent} of a cell; percent that are given are every seed's."""
+    measured = table.attrs["measured"]
+    if isinstance(place, float):
+        return {seed: place for of_row in measured.values() for seed in of_row}
+    row, measure = place
+    return {seed: 100 * by[judge][measure] for seed, by in measured.get(row, {}).items() if measure in by[judge]}
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of a 95 % interval for the mean over seeds (Student's t); endless with fewer than two."""
+    from scipy.stats import t as student
+
+    n = len(differences)
+    mean = statistics.fmean(differences) if n else float("nan")
+    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
+    return mean, mean - half, mean + half
+
+
+def _measured(entry: Mapping) -> dict[str, dict[str, float]]:
+    """{judge: {measure: share}} of an entry: its scores, what else it says of the codes, and what chance would score."""
+    rest = entry.get("codes", {}) | {
+        f"chance of {measure}": share for measure, share in entry.get("chance", {}).items()
+    }
+    by = {"usual": entry["scores"], "strong": entry.get("strong", {}).get("scores", {})}
+    return {judge: scores | rest for judge, scores in by.items()}
 
 
 def median(runs: Iterable[Run]) -> Run:
     """The run with the median score (the mean of its measures; of an even number the lower): what figures are made from."""
     ranked = sorted(runs, key=lambda run: statistics.fmean(run.scores.values()))
     return ranked[(len(ranked) - 1) // 2]
+
+
+def which(run: Run) -> str:
+    """How a caption names the run that `median` chose among the setting's seeds."""
+    n = run.setting.seeds
+    return f"seed {run.seed}, " + (f"the median of {n} by their scores" if n > 1 else "the only one here")
 
 
 # --- results/ ---------------------------------------------------------------------------------------------------------
@@ -183,7 +273,7 @@ class Results:
         for character, command in (("→", r"$\rightarrow$"), ("±", r"$\pm$"), ("–", "--")):
             latex = latex.replace(character, command)
         markdown = f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n"
-        texts = {"csv": table.to_csv(float_format="%.4f"), "md": markdown, "tex": latex}
+        texts = {"csv": table.to_csv(), "md": markdown, "tex": latex}
         self._keep(name, caption, [*table.attrs.get("runs", ()), *runs], texts)
         return shown
 

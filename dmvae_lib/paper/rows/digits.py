@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from dmvae_lib.distributions import laplace
 from dmvae_lib.errors import DMVAEError
-from dmvae_lib.metrics import coherence, cross_coherence, predict
+from dmvae_lib.metrics import chance, coherence, cross_coherence, predict
 from dmvae_lib.models import DMVAE, JMVAE, MMVAE, MVAE, TELBO, Modality, Terms
 from dmvae_lib.pairing import PairedData
+from dmvae_lib.paper.codes import chosen, codes
 from dmvae_lib.paper.data import DataSet, Splits
 from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.profiles import Profile
+from dmvae_lib.paper.rows import strong
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting
 from dmvae_lib.training import Schedule
@@ -211,13 +213,54 @@ def judges(setting: Setting, data: DataSet) -> dict[str, Run]:
     return {name: Run(judge(data, name), 0, setting) for name in data.modalities}
 
 
+def strong_judge(data: DataSet, modality: str, place: Setting) -> Row:
+    """The row of a modality's strong judge (`rows/strong.py`), which does what `judge`'s does."""
+    usual = judge(data, modality)
+    return replace(
+        usual,
+        name=f"strong-{usual.name}",
+        title=f"strong {usual.title}",
+        build=strong.build,
+        schedule=strong.schedule,
+        fit=partial(strong.fit, plan=strong.schedule(place.profile), device=place.device),
+    )
+
+
+@lru_cache(maxsize=4)
+def strong_judges(setting: Setting, data: DataSet) -> dict[str, Run]:
+    """{modality: the run of its strong judge}, of seed 0; none in a profile without them and on a validation split."""
+    if not setting.profile.strong_steps or setting.evaluation != "test":
+        return {}
+    return {name: Run(strong_judge(data, name, setting), 0, setting) for name in data.modalities}
+
+
+STRONG_PAIRS = 5_000  # that a strong judge sees, drawn from the test pairs, and as many joint samples
+
+
 def judged(run: Run) -> dict:
-    """Table 1's measures (`dmvae_lib.metrics.coherence`) on the setting's evaluation pairs, and which judges said so."""
-    by = judges(run.setting, run.row.data)
-    test = run.setting.splits(run.row.data).test
-    scores = coherence(run.model, test, {name: judge.model for name, judge in by.items()})
-    facts = {name: judge.scores | {"sha256": judge.entry["files"]["model.safetensors"]} for name, judge in by.items()}
-    return {"scores": scores, "judges": facts}
+    """Table 1's measures (`dmvae_lib.metrics.coherence`) on the setting's evaluation pairs, and which judges said so.
+
+    On test pairs also "strong": the same by the strong judges, on fewer pairs; "codes": what Figures 4 and 5 show
+    (`dmvae_lib.paper.codes`); "chance": what knowing nothing scores, of a cross-coherence always the commonest digit.
+    """
+    by, splits = judges(run.setting, run.row.data), run.setting.splits(run.row.data)
+    models = {name: judge.model for name, judge in by.items()}
+    found = {"scores": coherence(run.model, splits.test, models), "judges": _facts(by)}
+    if run.setting.evaluation != "test":
+        return found
+    if stronger := strong_judges(run.setting, run.row.data):
+        rows, test = chosen(splits, STRONG_PAIRS), splits.test
+        pairs = PairedData(test.items, {name: index[rows] for name, index in test.index.items()}, test.item_labels)
+        strong_models = {name: judge.model for name, judge in stronger.items()}
+        scores = coherence(run.model, pairs, strong_models, samples=len(pairs))
+        found["strong"] = {"scores": scores, "pairs": len(pairs), "judges": _facts(stronger)}
+    commonest = dict.fromkeys(found["scores"].keys() - {"joint"}, chance(splits.test.labels)[1])
+    beyond = codes(run.model, splits, models)
+    return found | beyond | {"chance": dict(sorted(commonest.items())) | beyond["chance"]}
+
+
+def _facts(by: Mapping[str, Run]) -> dict[str, dict]:
+    return {name: judge.scores | {"sha256": judge.entry["files"]["model.safetensors"]} for name, judge in by.items()}
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
