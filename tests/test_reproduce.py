@@ -25,7 +25,7 @@ from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
 from dmvae_lib.paper.rows.digits import CLASSIFIERS, judge
 from dmvae_lib.paper.runs import setting
-from dmvae_lib.paper.tables import BEGIN, END, table
+from dmvae_lib.paper.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {"language_info": {"name": "python"}}

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
+from dmvae_lib.paper.pages import write_pages
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.rows.digits import CLASSIFIERS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
-from dmvae_lib.paper.tables import keeps, table, write_pages
+from dmvae_lib.paper.tables import keeps, table
 from dmvae_lib.paper.workers import train_all
 
 DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell
