@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the reference is of this checkout
 
 
 def repository(root: Path) -> str | None:
@@ -43,14 +45,15 @@ include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md",
 include_patterns += ["results/README.md", "results/*/README.md", "results/*/notebooks/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs", "data"]  # not even looked into
 suppress_warnings = ["toc.not_included"]  # results/<profile>/notebooks are reached from results/
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_heading_anchors = 4
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False
 default_role = "code"  # the docstrings' `names`
 
 html_theme = "furo"
@@ -58,6 +61,7 @@ html_title = "dmvae_lib"
 html_math_renderer = "mathml"
 html_css_files = ["site.css"]
 html_static_path = ["static"]
+html_favicon = "static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
 if ADDRESS:
@@ -139,11 +143,33 @@ def run_links(name: str, address: str | None) -> str:
 
 
 def plain(app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]) -> None:
-    """The docstrings are prose: a star or a bar in them is a product or a condition, not markup."""
-    for i, line in enumerate(lines):
-        parts = re.split(r"(`[^`]*`)", line)
-        parts[::2] = [re.sub(r"([*|]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
-        lines[i] = "".join(parts)
+    """A docstring as the project writes them, to reStructuredText.
+
+    "name: what it is" is an item of a list, indented lines after an empty one are equations or code, and a star or a bar
+    is a product or a condition, not markup.
+    """
+    written: list[str] = [""]
+    item = block = False
+    for number, line in enumerate(lines):
+        before, block = block, line.startswith(" ") and (block or not lines[number - 1])
+        if block:
+            written += ["::", ""] * (not before) + [line]
+            continue
+        if not line or before:
+            written.append("")
+            item = False
+        found = re.match(r"([a-z_]\w*(?:\(.*?\))?(?:, [a-z_]\w*)*)(: | -> )(?=\S)", line) if number else None
+        parts = re.split(r"(`[^`]*`)", line[found.end() :] if found else line)
+        parts[::2] = [re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+        text = "".join(parts).strip()
+        if found:
+            written += ["", f"- ``{found[1]}``{found[2]}{text}"]
+        elif line.startswith(" "):  # the last line goes on
+            written.append("  " * item + text)
+        else:
+            written += ["", text] if item else [text]
+        item = bool(found) or item and line.startswith(" ")
+    lines[:] = written
 
 
 # --- what is beside the pages -----------------------------------------------------------------------------------------
@@ -156,6 +182,7 @@ def finish(app: Sphinx, error: Exception | None) -> None:
     site = Path(app.outdir)
     shutil.copyfile(site / "README.html", site / "index.html")
     (site / ".nojekyll").touch()
+    shutil.rmtree(site / "_sources", ignore_errors=True)
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         (site / "notebooks" / source.name).write_text(for_colab(source.read_text("utf-8"), ADDRESS), "utf-8")
     titles = {name: app.env.titles[name].astext() for name in sorted(app.env.found_docs)}

@@ -151,7 +151,7 @@ def index(results: Path) -> str:
         lines += [f"## Profile `{profile}`", ""]
         if old := [name for name, entry in entries.items() if _old(entry)]:
             lines += [f"**{MARK}**: {'all of it' if len(old) == len(entries) else ', '.join(old)}.", ""]
-        for name, entry in entries.items():
+        for name, entry in sorted(entries.items(), key=lambda item: item[0] not in SHORT):
             text, digest = results / profile / f"{name}.md", entry["files"].get(f"{name}.md", "")
             if f"{name}.tex" in entry["files"] and _is(text, digest):  # beside the paper's numbers: these are shown
                 lines += [text.read_text("utf-8").rstrip(), ""]
@@ -210,7 +210,8 @@ def provenance(folder: Path) -> str:
         lines += ["", "| file | SHA-256 |", "|---|---|"]
         for file, digest in files.items():
             changed = "" if _is(folder / file, digest) else " **changed since**"
-            lines.append(f"| [{file}]({file}) | `{digest}`{changed} |")
+            link = f"`{file}`" if file.endswith(".md") else f"[{file}]({file})"  # the table above is what it says
+            lines.append(f"| {link} | `{digest}`{changed} |")
         lines += ["", *_bibtex(folder, name, entry), ""]
     return "\n".join(lines)
 
