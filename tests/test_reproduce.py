@@ -21,6 +21,7 @@ from test_tables import ROWS, record
 from dmvae_lib import DMVAEError
 from dmvae_lib.paper import reproduce
 from dmvae_lib.paper.data import DataSet
+from dmvae_lib.paper.pages import BEGIN, END
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
 from dmvae_lib.paper.rows.digits import CLASSIFIERS, judge
