@@ -148,7 +148,7 @@ def plain(app: Sphinx, what: str, name: str, of: object, options: object, lines:
     "name: what it is" is an item of a list, indented lines after an empty one are equations or code, and a star or a bar
     is a product or a condition, not markup.
     """
-    written: list[str] = [""]
+    written: list[str] = []
     item = block = False
     for number, line in enumerate(lines):
         before, block = block, line.startswith(" ") and (block or not lines[number - 1])
