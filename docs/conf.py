@@ -1,7 +1,7 @@
 """`make site`: README, notebooks as committed, results and the reference as pages in build/site that need no network.
 
 Sphinx reads the repository itself (`sphinx-build -c docs . build/site`), so that every link between its files is also a
-link between pages, and fails the build where it leads nowhere. Equations become MathML: no script, no fonts.
+link between pages, and fails the build where it leads nowhere. MathJax is in the site, as one file that draws equations without fonts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-from docutils import nodes
-from latex2mathml.converter import convert
+import mathjax
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
 ROOT = Path(__file__).resolve().parents[1]
+MATHJAX = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5" / "tex-svg-full.js"
 sys.path.insert(0, str(ROOT))  # the reference is of this checkout
 
 
@@ -45,7 +45,7 @@ include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md",
 include_patterns += ["results/README.md", "results/*/README.md", "results/*/notebooks/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs", "data"]  # not even looked into
 suppress_warnings = ["toc.not_included"]  # results/<profile>/notebooks are reached from results/
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
@@ -57,10 +57,11 @@ autodoc_inherit_docstrings = False
 default_role = "code"  # the docstrings' `names`
 
 html_theme = "furo"
+pygments_style, pygments_dark_style = "github-light", "github-dark"
 html_title = "dmvae_lib"
-html_math_renderer = "mathml"
 html_css_files = ["site.css"]
-html_static_path = ["static"]
+html_static_path = ["static", str(MATHJAX)]
+mathjax_path = MATHJAX.name
 html_favicon = "static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
@@ -107,17 +108,9 @@ docs/paper
 
 
 def setup(app: Sphinx) -> None:
-    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     app.connect("source-read", add_to_source)
     app.connect("autodoc-process-docstring", plain)
     app.connect("build-finished", finish)
-
-
-def mathml(translator, node: nodes.math | nodes.math_block) -> None:
-    """An equation as MathML."""
-    display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(convert(node.astext(), display=display))
-    raise nodes.SkipNode
 
 
 def add_to_source(app: Sphinx, name: str, source: list[str]) -> None:

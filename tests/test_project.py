@@ -57,6 +57,8 @@ def test_the_lock_satisfies_the_declared_ranges():
 def test_environment_yml_gives_the_locks_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = dict(line.split("=") for line in environment["dependencies"] if isinstance(line, str) and "=" in line)
+    (by_pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]  # not on conda-forge
+    conda |= dict(line.split("==") for line in by_pip if "==" in line)
     pins = locked(conda["python"])
     for name in declared():
         assert [conda[CONDA_NAMES.get(name, name)]] == pins[name], name

@@ -75,14 +75,12 @@ def test_a_link_to_nowhere_in_a_source_stops_the_build_by_its_name(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("conf.py", "static"):
         (tmp_path / "docs" / name).symlink_to(ROOT / "docs" / name)
-    text = "# Title\n\n$x \\mid y$ and [one](docs/nowhere.md), [two](https://example.org)\n"
+    text = "# Title\n\n[one](docs/nowhere.md), [two](https://example.org)\n"
     (tmp_path / "README.md").write_text(text)
     options = ["--fail-on-warning", "--keep-going", "--conf-dir", tmp_path / "docs", "-D", "exclude_patterns=.*,build"]
     command = [sys.executable, "-m", "sphinx", "--quiet", *options, tmp_path, tmp_path / "build"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode != 0 and "docs/nowhere.md" in made.stderr
-    page = (tmp_path / "build" / "README.html").read_text()
-    assert '<math xmlns="http://www.w3.org/1998/Math/MathML"' in page and "\\mid" not in page
 
 
 def test_the_pages_ask_for_nothing_outside_the_site(site):
@@ -134,6 +132,7 @@ def page():
 def test_a_browser_shows_the_pages(served, page, width, dark):
     for name in PAGES:
         page.open(f"{served}/{name}.html", width, dark=dark)
+        page.run("window.MathJax && MathJax.startup.promise.then(() => true)")
         shots = ROOT / "build" / "screenshots"
         shots.mkdir(parents=True, exist_ok=True)
         page.screenshot(shots / f"{name.replace('/', '-')}-{width}-{'dark' if dark else 'light'}.png")

@@ -31,7 +31,8 @@ INTRODUCTION = """# Results
 Every table and figure of the paper, regenerated. A folder is a profile (its data and budget) and never mixes two. Tables and
 claims are made from the profile's ledger, `runs/`: a file for each run, with its configuration, data, versions, machine, seconds
 and every score. Each name below leads to the artefact in full with all of its provenance: the whole SHA-256 of each file,
-notebook, commit, runs, and the BibTeX entry of that key. `manifest.json` says the same to programs.
+notebook, commit, runs, and the BibTeX entry of that key. `manifest.json` says the same to programs. In tables: percent, mean ±
+standard deviation over seeds, *(the paper's number)*.
 """
 
 
@@ -103,7 +104,12 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
         if (frame := shown[name]) is not None:
             low, high = int(frame["seeds"].min()), int(frame["seeds"].max())
             seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
-            lines += [f"**[{title}](results/{profile}/README.md#{name})** ({seeds}).", "", _short(frame, best), ""]
+            lines += [
+                f"**[{title}](results/{profile}/README.md#{name})** ({seeds}).",
+                "",
+                _small(_papers(frame, best)),
+                "",
+            ]
             if (claims := _csv(results / profile, manifests[profile], f"{name}_claims")) is not None:
                 lines += [*_verdicts(claims)]
     return "\n".join(lines)
@@ -115,18 +121,24 @@ def _csv(folder: Path, entries: Mapping[str, dict], name: str) -> pd.DataFrame |
     return pd.read_csv(folder / f"{name}.csv")
 
 
-def _short(frame: pd.DataFrame, best: int | None) -> str:
+def _papers(frame: pd.DataFrame, best: int | None) -> pd.DataFrame:
     """The rows and measures that the paper prints; of the competitors the `best` by each measure, here or in the paper."""
     frame = frame[frame["paper"].notna()]
-    if best is not None:
-        others = frame[frame["row"] != "DMVAE"].groupby("measure")
-        kept = {row for by in ("mean", "paper") for _, of in others for row in of.nlargest(best, by)["row"]}
-        frame = frame[frame["row"].isin(kept | {"DMVAE"})]
-    mean = frame["mean"].map("{:.1f}".format).where(frame["seeds"] > 0, "–")
+    if best is None:
+        return frame
+    others = frame[frame["row"] != "DMVAE"].groupby("measure")
+    kept = {row for by in ("mean", "paper") for _, of in others for row in of.nlargest(best, by)["row"]}
+    return frame[frame["row"].isin(kept | {"DMVAE"})]
+
+
+def _small(frame: pd.DataFrame) -> str:
+    """A table's csv as Markdown: mean ± standard deviation *(the paper's number)*, a column for each measure."""
+    mean = frame["mean"].map("{:.1f}".format).where(frame["mean"].notna(), "–")
     spread = frame["sd"].map(" ± {:.1f}".format).where(frame["sd"].notna(), "")
-    frame = frame.assign(text=mean + spread + frame["paper"].map(" *({:g})*".format))
+    paper = frame["paper"].map(" *({:g})*".format).where(frame["paper"].notna(), "")
+    frame = frame.assign(text=mean + spread + paper)
     rows, measures = frame["row"].unique(), frame["measure"].unique()
-    wide = frame.pivot(index="row", columns="measure", values="text").loc[rows, measures].fillna("–")
+    wide = frame.pivot(index="row", columns="measure", values="text").reindex(rows)[measures].fillna("–")
     return wide.rename_axis(index=None, columns=None).to_markdown(disable_numparse=True)
 
 
@@ -152,9 +164,9 @@ def index(results: Path) -> str:
         if old := [name for name, entry in entries.items() if _old(entry)]:
             lines += [f"**{MARK}**: {'all of it' if len(old) == len(entries) else ', '.join(old)}.", ""]
         for name, entry in sorted(entries.items(), key=lambda item: item[0] not in SHORT):
-            text, digest = results / profile / f"{name}.md", entry["files"].get(f"{name}.md", "")
-            if f"{name}.tex" in entry["files"] and _is(text, digest):  # beside the paper's numbers: these are shown
-                lines += [text.read_text("utf-8").rstrip(), ""]
+            frame = _csv(results / profile, entries, name) if f"{name}.tex" in entry["files"] else None
+            if frame is not None:  # beside the paper's numbers
+                lines += [f"**[{name}]({profile}/README.md#{name})** {entry['caption']}", "", _small(frame), ""]
         lines += ["| | what it shows, SHA-256, BibTeX key, runs (seeds) |", "|---|---|"]
         lines += [_line(results, profile, name, entry) for name, entry in entries.items()]
         lines.append("")
