@@ -15,7 +15,7 @@
     sliders.forEach((label, i) => {
       const at = label.querySelector("input").value;
       label.hidden = i >= dims.length;
-      label.querySelector("span").textContent = `private ${dims[i]}: ${PLAY.steps[at].toFixed(1)}`;
+      label.querySelector("span").textContent = `private ${dims[i]}: ${PLAY.steps[at].toFixed(1).replace("-", "−")}`;
       if (i < dims.length) place = place * n + +at;
     });
     root.querySelectorAll("button").forEach(b => b.setAttribute("aria-pressed", chosen[b.dataset.of] == b.dataset.value));

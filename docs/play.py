@@ -71,7 +71,7 @@ def write(app: Any) -> None:
     static = Path(app.outdir, "_static")
     static.mkdir(parents=True, exist_ok=True)
     picture, facts = rendered(pretrained(WEIGHTS), setting("quick").splits(MNIST_SVHN))
-    picture.save(static / "play.webp", quality=80, method=4)
+    picture.save(static / "play.webp", quality=92, method=6)
     (static / "play.js").write_text(f"const PLAY = {json.dumps(facts)};\n{(HERE / 'play.js').read_text()}")
 
 

@@ -67,25 +67,26 @@ class Page:
         assert "exceptionDetails" not in answer, f"{script}: {answer['exceptionDetails']}"
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60) -> Any:
-        """`run`'s value once it is true."""
+    def wait(self, script: str, seconds: float = 60) -> None:
+        """Waits until an expression is something: true, a number that is not 0, a text, an element."""
         until = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < until, f"not true after {seconds:.0f} seconds: {script}"
             time.sleep(0.05)
-        return value
 
     def click(self, selector: str) -> None:
         """A click of the mouse in the middle of an element, which is scrolled to first."""
-        box = f"(e => {{ e.scrollIntoViewIfNeeded(); let r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] }})"
-        x, y = self.run(f"{box}(document.querySelector({json.dumps(selector)}))")
+        found = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoViewIfNeeded()"
+        found += "; const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+        x, y = self.run(f"(() => {{ {found} }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str, code: int) -> None:
         """A key, by its name and its number, where the focus is: "Enter", 13."""
+        what = {"key": key, "code": key, "windowsVirtualKeyCode": code} | ({"text": "\r"} if key == "Enter" else {})
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.call("Input.dispatchKeyEvent", type=kind, **what)
 
     def screenshot(self, path: str | Path, whole: bool = False) -> None:
         """A PNG of the window, or of the whole page."""
