@@ -28,6 +28,7 @@ class Page:
         self.socket, self.sent, self.errors = socket, 0, []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # else no element of a headless page has it
 
     def call(self, method: str, **parameters: Any) -> dict:
         """The result of a method of the protocol, https://chromedevtools.github.io/devtools-protocol/."""
@@ -66,13 +67,26 @@ class Page:
         assert "exceptionDetails" not in answer, f"{script}: {answer['exceptionDetails']}"
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60) -> Any:
-        """`run`'s value once it is true."""
+    def wait(self, script: str, seconds: float = 60) -> None:
+        """Waits until an expression is something: true, a number that is not 0, a text, an element."""
         until = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not self.run(f"Boolean({script})"):
             assert time.monotonic() < until, f"not true after {seconds:.0f} seconds: {script}"
             time.sleep(0.05)
-        return value
+
+    def click(self, selector: str) -> None:
+        """A click of the mouse in the middle of an element, which is scrolled to first."""
+        found = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoViewIfNeeded()"
+        found += "; const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+        x, y = self.run(f"(() => {{ {found} }})()")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key: str, code: int) -> None:
+        """A key, by its name and its number, where the focus is: "Enter", 13."""
+        what = {"key": key, "code": key, "windowsVirtualKeyCode": code} | ({"text": "\r"} if key == "Enter" else {})
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, **what)
 
     def screenshot(self, path: str | Path, whole: bool = False) -> None:
         """A PNG of the window, or of the whole page."""
@@ -95,8 +109,8 @@ def chromium() -> Iterator[Page]:
         options += ["--no-sandbox"] if os.name == "posix" and os.getuid() == 0 else []  # as root it starts with none
         process = subprocess.Popen([CHROMIUM, *options, "about:blank"], stderr=subprocess.DEVNULL)
         try:
-            port = _soon(lambda: (Path(home) / "DevToolsActivePort").read_text().split()[0])
-            tabs = _soon(lambda: [tab for tab in _json(f"http://127.0.0.1:{port}/json/list") if tab["type"] == "page"])
+            port = soon(lambda: (Path(home) / "DevToolsActivePort").read_text().split()[0])
+            tabs = soon(lambda: [tab for tab in _json(f"http://127.0.0.1:{port}/json/list") if tab["type"] == "page"])
             socket = create_connection(tabs[0]["webSocketDebuggerUrl"], suppress_origin=True, timeout=120)
             yield Page(socket)
             socket.close()
@@ -110,8 +124,8 @@ def _json(address: str) -> Any:
         return json.load(answer)
 
 
-def _soon(get: Any, seconds: float = 60) -> Any:
-    """What `get` returns once it is there."""
+def soon(get: Any, seconds: float = 60) -> Any:
+    """What `get` returns once that is true and does not raise an OSError or IndexError."""
     until = time.monotonic() + seconds
     while True:
         try:
