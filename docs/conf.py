@@ -22,7 +22,7 @@ from sphinx.errors import SphinxError
 
 ROOT = Path(__file__).resolve().parents[1]
 MATHJAX = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5" / "tex-svg-full.js"
-sys.path.insert(0, str(ROOT))  # the reference is of this checkout
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the reference is of this checkout
 
 
 def repository(root: Path) -> str | None:
@@ -44,8 +44,8 @@ root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "notebooks/[0-9]*.ipynb"]
 include_patterns += ["results/README.md", "results/*/README.md", "results/*/notebooks/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs", "data"]  # not even looked into
-suppress_warnings = ["toc.not_included"]  # results/<profile>/notebooks are reached from results/
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+suppress_warnings = ["toc.not_included"]  # those of a profile are reached from results/
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "play"]
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
@@ -86,6 +86,7 @@ notebooks/*
 :hidden:
 :caption: Results
 results/README
+docs/play
 benchmarks/README
 ```
 

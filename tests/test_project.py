@@ -1,8 +1,13 @@
 """The project's own promises: one set of versions, notebooks that can be run and are committed executed."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -64,6 +69,42 @@ def test_environment_yml_gives_the_locks_versions():
         assert [conda[CONDA_NAMES.get(name, name)]] == pins[name], name
     unknown = set(conda) - {CONDA_NAMES.get(name, name) for name in declared()} - {"python", "pip"}
     assert not unknown, f"in environment.yml, not in pyproject.toml: {unknown}"
+
+
+def test_a_wheel_works_outside_the_checkout(tmp_path):
+    """The core, the paper's rows and saved weights; with its types, and without what is the repository's alone."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "dmvae_lib", source / "dmvae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    how = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *how], check=True)
+    (wheel,) = tmp_path.glob("dmvae_lib-*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        files.extractall(tmp_path / "installed")
+    assert "dmvae_lib/py.typed" in names and {name.split("/")[0].split("-")[0] for name in names} == {"dmvae_lib"}
+    code = """
+import sys, torch, dmvae_lib
+from dmvae_lib.paper import pretrained
+from dmvae_lib.paper.rows import ROWS
+from dmvae_lib.paper.runs import Run, setting
+assert dmvae_lib.__file__.startswith(sys.argv[1])
+Run(ROWS["dmvae"], 0, setting("smoke")).model.save("weights")
+drawn = pretrained("weights").cross_generate({"mnist": torch.rand(2, 1, 28, 28)}, target="svhn", n=1)
+assert drawn.shape == (1, 2, 3, 32, 32)
+"""
+    (outside := tmp_path / "outside").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "installed"], check=True, cwd=outside, env=environment)
 
 
 def test_the_lock_names_no_place():

@@ -214,7 +214,9 @@ def provenance(folder: Path) -> str:
             lines += [f"![{name}]({name}.png)", ""]
         elif _is(text := folder / f"{name}.md", files[f"{name}.md"]):
             lines += [text.read_text("utf-8").partition("\n\n")[2].rstrip(), ""]
-        source = f"`{by}`" if _old(entry) else f"[{by}](../../{by})"
+        executed = f"notebooks/{Path(by).name}"
+        own = profile != "quick" and (folder / executed).is_file()  # quick's are those in notebooks/
+        source = f"[{by}]({executed if own else f'../../{by}'})" if own or not _old(entry) else f"`{by}`"
         lines += [
             f"Made by {source}, dmvae_lib {made.get('dmvae_lib', '')} at commit `{made['commit']}`, {made['finished']}."
         ]
