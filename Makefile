@@ -71,12 +71,13 @@ check: $(READY)  ## ruff on code and notebooks, mypy on the library's types: sec
 lab: $(READY)  ## JupyterLab on the notebooks, for this machine only and with a token
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
-site: $(READY)  ## README, notebooks and results as web pages in build/site, every link checked
-	$(BIN)/python docs/website.py
+site: $(READY)  ## README, notebooks, results and the reference as pages in build/site: searched, offline, every link checked
+	rm -rf build/site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees --conf-dir docs . build/site
 
 lock: $(READY)  ## rewrite requirements.lock from pyproject.toml (then adapt environment.yml: a test compares them)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra cluster --extra notebooks --extra test --no-header --upgrade pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra cluster --extra notebooks --extra site --extra test --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:  ## remove build/ and caches; runs/, data/ and results/ stay
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

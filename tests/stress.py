@@ -45,7 +45,7 @@ from scipy.io import savemat
 from torchvision.datasets import MNIST, SVHN, Flowers102
 
 from dmvae_lib import DMVAE, DMVAEError, PairedData, Schedule, files, train
-from dmvae_lib.paper import reproduce, runs, tables
+from dmvae_lib.paper import pages, reproduce, runs, tables
 from dmvae_lib.paper.data import digits, features, flowers
 from dmvae_lib.paper.rows.digits import judge
 from dmvae_lib.paper.runs import Run, Setting
@@ -429,10 +429,10 @@ def corrupted_results(folder: Path, chance: random.Random) -> Tries:
         tables.Results(place, "03_table1").table(f"table{run.seed}", table, "A table: of one seed.")
 
     def load() -> tuple:
-        page = tables.index(place.results.parent)
+        page = pages.index(place.results.parent)
         if changed := [line for line in page.splitlines() if "**changed since**" in line]:
             raise DMVAEError("\n".join(changed))
-        return page, tables.readme_tables(place.results.parent, ["table0", "table1"])
+        return page, pages.readme_results(place.results.parent, {name: (name, None) for name in ("table0", "table1")})
 
     return corrupted([path for path in place.results.iterdir() if path.is_file()], load, chance)
 

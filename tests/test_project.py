@@ -1,8 +1,13 @@
 """The project's own promises: one set of versions, notebooks that can be run and are committed executed."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -14,7 +19,7 @@ from dmvae_lib.files import verify
 from dmvae_lib.paper import published
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.runs import setting
-from dmvae_lib.paper.tables import index, ledger, table
+from dmvae_lib.paper.tables import ledger, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/manifest.json") if "@" not in path.parent.name)
@@ -58,11 +63,49 @@ def test_the_lock_satisfies_the_declared_ranges():
 def test_environment_yml_gives_the_locks_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = dict(line.split("=") for line in environment["dependencies"] if isinstance(line, str) and "=" in line)
+    (by_pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]  # not on conda-forge
+    conda |= dict(line.split("==") for line in by_pip if "==" in line)
     pins = locked(conda["python"])
     for name in declared():
         assert [conda[CONDA_NAMES.get(name, name)]] == pins[name], name
     unknown = set(conda) - {CONDA_NAMES.get(name, name) for name in declared()} - {"python", "pip"}
     assert not unknown, f"in environment.yml, not in pyproject.toml: {unknown}"
+
+
+def test_a_wheel_works_outside_the_checkout(tmp_path):
+    """The core, the paper's rows and saved weights; with its types, and without what is the repository's alone."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "dmvae_lib", source / "dmvae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    how = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *how], check=True)
+    (wheel,) = tmp_path.glob("dmvae_lib-*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        files.extractall(tmp_path / "installed")
+    assert "dmvae_lib/py.typed" in names and {name.split("/")[0].split("-")[0] for name in names} == {"dmvae_lib"}
+    code = """
+import sys, torch, dmvae_lib
+from dmvae_lib.paper import pretrained
+from dmvae_lib.paper.rows import ROWS
+from dmvae_lib.paper.runs import Run, setting
+assert dmvae_lib.__file__.startswith(sys.argv[1])
+Run(ROWS["dmvae"], 0, setting("smoke")).model.save("weights")
+drawn = pretrained("weights").cross_generate({"mnist": torch.rand(2, 1, 28, 28)}, target="svhn", n=1)
+assert drawn.shape == (1, 2, 3, 32, 32)
+"""
+    (outside := tmp_path / "outside").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "installed"], check=True, cwd=outside, env=environment)
 
 
 def test_the_lock_names_no_place():
@@ -146,7 +189,7 @@ def test_what_counts_as_a_typed_number():
 def test_committed_results_are_the_files_their_manifest_lists(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     listed = {name: digest for entry in manifest.values() for name, digest in entry["files"].items()}
-    others = {"manifest.json", "configurations.json", ".lock"}
+    others = {"README.md", "manifest.json", ".lock"}
     assert {path.name for path in folder.iterdir() if path.is_file()} - others == set(listed)
     for name, digest in listed.items():
         verify(folder / name, digest)
@@ -159,8 +202,3 @@ def test_committed_results_are_the_files_their_manifest_lists(folder):
 def test_committed_ledgers_have_every_row_as_it_is_now(folder):
     counted = table({name: row for name, row in ROWS.items()}, setting(folder.name))["seeds"].groupby("row").max()
     assert not [name for name in ROWS if not counted[name]], f"run `make reproduce PROFILE={folder.name}`"
-
-
-def test_the_page_on_the_results_shows_what_is_there():
-    shown = (ROOT / "results" / "README.md").read_text("utf-8")
-    assert shown == index(ROOT / "results"), "dmvae_lib.paper.tables.write_pages puts it right"

@@ -21,11 +21,12 @@ from test_tables import ROWS, record
 from dmvae_lib import DMVAEError
 from dmvae_lib.paper import reproduce
 from dmvae_lib.paper.data import DataSet
+from dmvae_lib.paper.pages import BEGIN, END
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
 from dmvae_lib.paper.rows.digits import CLASSIFIERS, judge
 from dmvae_lib.paper.runs import setting
-from dmvae_lib.paper.tables import BEGIN, END, table
+from dmvae_lib.paper.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {"language_info": {"name": "python"}}

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,23 +20,7 @@ from dmvae_lib.paper.published import CHANCE, MEASURES, Claim
 from dmvae_lib.paper.rows import TABLE1, TABLE2, TABLE3
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, setting
-from dmvae_lib.paper.tables import (
-    BEGIN,
-    END,
-    MARK,
-    Results,
-    check,
-    compare,
-    index,
-    ledger,
-    median,
-    readable,
-    table,
-    two_judges,
-    which,
-)
-
-ROOT = Path(__file__).resolve().parents[1]
+from dmvae_lib.paper.tables import Results, check, compare, ledger, median, readable, table, two_judges, which
 
 
 def build(data, splits, *, size=1):
@@ -255,7 +238,7 @@ def test_an_artefact_has_its_files_their_checksums_and_its_runs_in_the_manifest(
         Results(place, "benchmarks/bench.py").figure(name, Figure(), "A figure.")
     files = {path.name for path in place.results.iterdir() if path.is_file()}
     made = "table1.csv table1.md table1.tex probes.csv probes.md curves.png fig4a.png fig4a.pdf fig8.png fig8.pdf"
-    assert files == {*made.split(), "manifest.json"}
+    assert files == {*made.split(), "manifest.json", "README.md"}
     manifest = json.loads((place.results / "manifest.json").read_text())
     entry = manifest["table1"]
     assert entry["runs"] == ["one-0.json", "one-1.json", "two-0.json"]
@@ -280,76 +263,6 @@ def test_nothing_is_written_by_profile_smoke_or_on_a_validation_split(place):
     assert not place.results.parent.exists()
 
 
-def test_whatever_writes_an_artefact_shows_it_on_the_pages(place):
-    """An index that only one of four commands wrote once showed another command's table as it had been."""
-    readme = place.results.parents[1] / "README.md"
-    place.results.mkdir(parents=True)
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    for share in (0.25, 0.75):
-        made = compare({"a": [{"joint": share}]}, {"a": {"joint": 44.7}})
-        for name in ("table1", "independent"):
-            Results(place, "benchmarks/independent.py").table(name, made, f"{name}: coherence. By | MultiVae.")
-        page = (place.results.parent / "README.md").read_text()
-        assert page == index(place.results.parent) and page.count(f"{100 * share:.1f}") == 2
-        assert "| [independent](quick/independent.md) | independent: coherence |" in page
-        assert f"[csv](quick/table1.csv) [`{sha256(place.results / 'table1.csv')[:12]}`](quick/manifest.json)" in page
-        shown = readme.read_text()
-        assert shown.startswith("before\n") and shown.endswith("after\n") and "old" not in shown
-        assert "- `quick`: By | MultiVae. Profile quick, 1 seed, percent." in shown and f"{100 * share:.1f}" in shown
-
-
-def test_the_index_leads_from_an_artefact_to_each_of_its_runs(place):
-    runs = [record(place, replace(ROWS["One"], name="one-more"), seed, 0.4) for seed in range(2)]
-    Results(place, "03_table1").frame("t", pd.DataFrame({"a": [1]}), "T.", runs)
-    expected = "one-more [0](quick/runs/one-more-0.json) [1](quick/runs/one-more-1.json)"
-    assert expected in index(place.results.parent)
-
-
-def test_a_file_that_is_not_the_one_that_was_made_is_marked_and_no_number_of_it_is_in_the_readme(place):
-    readme = place.results.parents[1] / "README.md"
-    place.results.mkdir(parents=True)
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    results = Results(place, "03_table1")
-    results.table("table1", compare({"a": [{"joint": 0.5}]}, {}), "Table 1: it.")
-    csv = place.results / "table1.csv"
-    csv.write_text(csv.read_text().replace("50.0", "99.9"))
-    results.frame("other", pd.DataFrame({"a": [1]}), "Other.")
-    assert "**changed since**" in index(place.results.parent)
-    assert "99.9" not in readme.read_text() and "Table 1" not in readme.read_text()
-
-
-def test_the_readme_shows_every_profile_beside_the_published_number_and_what_is_older_than_the_ledger(place):
-    readme = place.results.parents[1] / "README.md"
-    place.results.mkdir(parents=True)
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    subset = replace(place, profile=get_profile("subset"), results=place.results.with_name("subset"))
-    Results(subset, "n").table("table1", compare({"a": [{"joint": 0.25}]}, {"a": {"joint": 44.7}}), "Table 1: it.")
-    path = subset.results / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["table1"]["made"]["packages"] = {"dmvae_lib": "0.1.0"}
-    path.write_text(json.dumps(manifest))
-    made = compare({"a": [{"joint": 0.5}], "b": [{"joint": 0.1}]}, {"a": {"joint": 44.7}})
-    Results(place, "n").table("table1", made, "Table 1: it.")
-    text = readme.read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == ["", "Joint: published", "`subset`", "`quick`"]
-    assert rows[2:] == [["a", "44.7", "25.0", "50.0"], ["b", "–", "–", "10.0"]]
-    assert text.count(MARK) == 1 and index(place.results.parent).count(MARK) == 1
-
-
-def test_a_readme_without_the_marks_is_named(place):
-    place.results.mkdir(parents=True)
-    (place.results.parents[1] / "README.md").write_text("mine")
-    with pytest.raises(DMVAEError, match="README.md lacks the marks"):
-        Results(place, "n").frame("t", pd.DataFrame({"a": [1]}), "T.")
-
-
-def test_a_rehearsals_results_are_on_no_page(place):
-    rehearsal = replace(place, results=place.results.with_name("quick@0.05"))
-    Results(rehearsal, "n").table("table1", compare({"a": [{"joint": 0.5}]}, {}), "Table 1: it.")
-    assert "## Profile" not in index(place.results.parent)
-
-
 def test_latex_tables_compile_in_their_captions(place):
     made = compare({"MVAE": [{"mnist->svhn": 0.5}]}, {"MVAE": {"mnist->svhn": 9.5}})
     Results(place, "n").table("t", made, "Table 1: accuracy 95.8%, 100.0% & more.")
@@ -357,12 +270,6 @@ def test_latex_tables_compile_in_their_captions(place):
     assert not [line for line in tex.splitlines() if "%" in line.replace(r"\%", "") or "→" in line]
     assert r"\caption{accuracy 95.8\%, 100.0\% \& more." in tex and r"\toprule" in tex
     assert "+40.5" in md and "50.0" in md and MEASURES["mnist->svhn"] in md
-
-
-def test_the_index_of_the_committed_results_can_be_read_in_a_few_minutes():
-    text = index(ROOT / "results")
-    assert len(text.splitlines()) <= 250
-    assert text.count("## Profile") >= 2
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

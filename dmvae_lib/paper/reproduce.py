@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.paper.data.digits import MNIST_SVHN
+from dmvae_lib.paper.pages import write_pages
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.rows.digits import (
     CLASSIFIERS,
@@ -38,7 +39,7 @@ from dmvae_lib.paper.rows.digits import (
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.rows.incomplete import incomplete
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
-from dmvae_lib.paper.tables import keeps, table, write_pages
+from dmvae_lib.paper.tables import keeps, table
 from dmvae_lib.paper.workers import train_all
 
 DEFAULTS = {"profile": "quick", "seeds": 1, "device": "auto", "data": "data"}  # of every notebook's parameters cell

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
-from pathlib import Path
 from time import gmtime, strftime
 
 import pandas as pd
@@ -17,14 +16,12 @@ from matplotlib.figure import Figure
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_leftovers, seal, sha256, write_json
+from dmvae_lib.paper.pages import REPAIR, manifest, write_pages
 from dmvae_lib.paper.published import MEASURES, Claim
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, commit
 
-REPAIR = "Take the committed one back by `git checkout`, or delete it and run `make reproduce`."
 OWN_FIGURES = re.compile("fig[45][a-z]?|fig[678]")  # the paper's: as PDFs too, for those who cite them
-BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
-MARK = "Made before the present code and initialisation; to be replaced"
 Percents = Mapping[str, Mapping[str, float]]  # the paper's: {row: {measure: percent}}
 
 # --- the ledger, and tables of it -------------------------------------------------------------------------------------
@@ -320,128 +317,8 @@ class Results:
                 "runs": used,
                 "made": made,
             }
-            manifest = _manifest(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-            for former in manifest.get(name, {"files": {}})["files"].keys() - files.keys():
+            entries = manifest(folder) if (folder / "manifest.json").exists() else {}
+            for former in entries.get(name, {"files": {}})["files"].keys() - files.keys():
                 (folder / former).unlink(missing_ok=True)
-            write_json(folder / "manifest.json", dict(sorted((manifest | {name: seal(entry)}).items())))
+            write_json(folder / "manifest.json", dict(sorted((entries | {name: seal(entry)}).items())))
             write_pages(folder.parent)
-
-
-# --- the pages on them ------------------------------------------------------------------------------------------------
-
-
-def write_pages(results: Path) -> None:
-    """results/README.md and the tables in the README beside results/, of the manifests and files that are there."""
-    with atomic_write(results / "README.md") as temporary:
-        temporary.write_text(index(results), "utf-8")
-    if (readme := results.parent / "README.md").exists():
-        before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            raise DMVAEError(f"{readme} lacks the marks {BEGIN!r} and {END!r}; put them back where the tables belong.")
-        with atomic_write(readme) as temporary:
-            temporary.write_text(f"{before}{begin}\n\n{readme_tables(results)}\n{end}{after}", "utf-8")
-
-
-def _manifests(results: Path) -> dict[str, dict]:
-    """{profile: its manifest}; a rehearsal's, `name@share`, is nothing to cite."""
-    paths = [path for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
-    return {path.parent.name: _manifest(path) for path in paths}
-
-
-def _manifest(path: Path) -> dict[str, dict]:
-    manifest = read_json(path, REPAIR)
-    for name, entry in manifest.items():
-        if not (isinstance(entry, dict) and "packages" in entry.get("made", {})):  # the older are not sealed
-            check_seal(entry, f"{path}, entry {name!r},", REPAIR)
-            if entry["artefact"] != name:
-                raise DMVAEError(f"{path}: the entry of {entry['artefact']!r} stands as {name!r}. {REPAIR}")
-    return manifest
-
-
-def _old(entry: Mapping) -> bool:
-    return "packages" in entry["made"]  # as written before there was a ledger
-
-
-INTRODUCTION = """# Results
-
-Every table and figure of the paper, regenerated. A folder is a profile (its data and budget) and never mixes two. Tables and
-claims are made from the profile's ledger, `runs/`: a file for each run, with its configuration, data, versions, machine, seconds
-and every score. `manifest.json` holds each artefact's caption, notebook, files with their SHA-256, and runs. This page and the
-README's tables are written anew with each artefact.
-
-To cite one, fill in its line below; `git hash-object FILE` prints GIT-HASH, by which Software Heritage finds the file for good:
-
-```bibtex
-@misc{dmvae_lib-PROFILE-ARTEFACT,
-  author = {{The dmvae\\_lib authors}},
-  title = {CAPTION},
-  howpublished = {dmvae\\_lib VERSION, results/PROFILE/FILE},
-  note = {SHA-256 DIGEST},
-  url = {https://archive.softwareheritage.org/swh:1:cnt:GIT-HASH},
-}
-```
-"""
-
-
-def index(results: Path) -> str:
-    """results/README.md: a line for each artefact of every profile, and the tables beside the paper's numbers."""
-    lines = [INTRODUCTION]
-    for profile, manifest in _manifests(results).items():
-        folder = results / profile
-        lines += [f"## Profile `{profile}`", ""]
-        if old := [name for name, entry in manifest.items() if _old(entry)]:
-            lines += [f"**{MARK}**: {'all of it' if len(old) == len(manifest) else ', '.join(old)}.", ""]
-        lines += ["| artefact | what it shows | files, SHA-256 | made by, from runs (seeds) |", "|---|---|---|---|"]
-        for name, entry in manifest.items():
-            files = ""
-            for file, digest in entry["files"].items():
-                files += f"[{Path(file).suffix[1:]}]({profile}/{file}) [`{digest[:12]}`]({profile}/manifest.json) "
-                files += "" if _is(folder / file, digest) else "**changed since** "
-            by, short = (
-                Path(entry["notebook"]),
-                re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|"),
-            )
-            sources = {"": by.stem if _old(entry) else f"[{by.stem}](../{by})"}
-            for run in [] if _old(entry) else entry["runs"]:  # for each row its name, and every seed as a link
-                row, _, seed = run.removesuffix(".json").rpartition("-")
-                sources[row] = sources.get(row, row) + f" [{seed}]({profile}/runs/{run})"
-            shown = f"{name}.md" if f"{name}.md" in entry["files"] else next(iter(entry["files"]))
-            lines.append(f"| [{name}]({profile}/{shown}) | {short} | {files}| {'; '.join(sources.values())} |")
-        for name, entry in manifest.items():
-            text, digest = folder / f"{name}.md", entry["files"].get(f"{name}.md", "")
-            if f"{name}.tex" in entry["files"] and _is(text, digest):  # beside the paper's numbers: these are shown
-                lines += ["", text.read_text("utf-8").rstrip()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _is(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest
-
-
-def readme_tables(results: Path, tables: Sequence[str] = ("table1", "table2", "table3")) -> str:
-    """The README's part on results: each table with every profile's numbers beside the published ones, from its csv.
-
-    A csv that is not the one in the manifest is not shown.
-    """
-    found = []
-    for name in tables:
-        title, notes, rows = "", [], None
-        columns: dict[str, dict[str, pd.Series]] = {}
-        for profile, manifest in reversed(_manifests(results).items()):
-            path = results / profile / f"{name}.csv"
-            if name not in manifest or not _is(path, manifest[name]["files"][path.name]):
-                continue
-            title, _, note = manifest[name]["caption"].partition(". ")
-            notes.append(f"- `{profile}`: {note}" + f" **{MARK}.**" * _old(manifest[name]))
-            shown = readable(pd.read_csv(path, index_col=["row", "measure"]))
-            rows = shown.index if rows is None else rows.union(shown.index, sort=False)
-            for measure in shown.columns.unique(0):
-                columns.setdefault(measure, {f"{measure}: published": shown[measure, "paper"]})
-                columns[measure][f"`{profile}`"] = shown[measure, "ours"]
-        if columns:
-            flat = pd.concat({m: pd.DataFrame(of) for m, of in columns.items()}, axis=1).reindex(rows).fillna("–")
-            flat.columns = flat.columns.droplevel(0)
-            found += [f"**{title}.**", "", *notes, "", flat.to_markdown(disable_numparse=True), ""]
-    return "\n".join(found)

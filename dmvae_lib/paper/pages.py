@@ -1,0 +1,249 @@
+"""The pages on results/: the README's block, an overview of every artefact, and for each profile where each came from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from dmvae_lib.errors import DMVAEError
+from dmvae_lib.files import atomic_write, check_seal, read_json, sha256
+from dmvae_lib.paper.profiles import PROFILES
+
+REPAIR = "Take the committed one back by `git checkout`, or delete it and run `make reproduce`."
+BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
+MARK = "Made before the present code; to be replaced"
+SHORT = {  # the README's tables: what stands above them, how many competitors beside DMVAE (None: every row)
+    "table1": ("Table 1: cross- and joint coherence", None),
+    "table3": ("Table 3: ablation of DMVAE", None),
+    "table2": ("Table 2: recognition and retrieval of flowers, the best two competitors by each measure", 2),
+}
+DATA = {  # by a profile's source
+    "embedded": "stand-ins for the paper's data: compare rows with each other, not with the paper",
+    "subset": "a part of the paper's images, a small budget",
+    "full": "the paper's data and schedule",
+}
+INTRODUCTION = """# Results
+
+Every table and figure of the paper, regenerated. A folder is a profile (its data and budget) and never mixes two. Tables and
+claims are made from the profile's ledger, `runs/`: a file for each run, with its configuration, data, versions, machine, seconds
+and every score. Each name below leads to the artefact in full with all of its provenance: the whole SHA-256 of each file,
+notebook, commit, runs, and the BibTeX entry of that key. `manifest.json` says the same to programs. In tables: percent, mean ±
+standard deviation over seeds, *(the paper's number)*.
+"""
+
+
+def write_pages(results: Path) -> None:
+    """results/README.md, each profile's, and the block in the README beside results/, of what is there."""
+    pages = {results / "README.md": index(results)}
+    pages |= {results / profile / "README.md": provenance(results / profile) for profile in _manifests(results)}
+    if (readme := results.parent / "README.md").exists():
+        before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not end:
+            raise DMVAEError(f"{readme} lacks the marks {BEGIN!r} and {END!r}; put them back where the results belong.")
+        pages[readme] = f"{before}{begin}\n\n{readme_results(results)}\n{end}{after}"
+    for path, text in pages.items():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def manifest(folder: Path) -> dict[str, dict]:
+    """{artefact: its entry} of a profile's folder. Raises DMVAEError for an entry that is damaged or another's."""
+    path = folder / "manifest.json"
+    entries = read_json(path, REPAIR)
+    for name, entry in entries.items():
+        if not (isinstance(entry, dict) and "packages" in entry.get("made", {})):  # the older are not sealed
+            check_seal(entry, f"{path}, entry {name!r},", REPAIR)
+            if entry["artefact"] != name:
+                raise DMVAEError(f"{path}: the entry of {entry['artefact']!r} stands as {name!r}. {REPAIR}")
+    return entries
+
+
+def _manifests(results: Path) -> dict[str, dict]:
+    """{profile: its manifest}; a rehearsal's, `name@share`, is nothing to cite."""
+    folders = [path.parent for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
+    return {folder.name: manifest(folder) for folder in folders}
+
+
+def _old(entry: Mapping) -> bool:
+    return "packages" in entry["made"]  # as written before there was a ledger
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+# --- the README's block -----------------------------------------------------------------------------------------------
+
+
+def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] = SHORT) -> str:
+    """The paper's rows beside its numbers, and the verdicts on its claims: of the profile nearest to the paper's data.
+
+    From the tables' csv files and `<table>_claims.csv`; one that is not the one in the manifest is not shown.
+    """
+    manifests = {
+        profile: {name: entry for name, entry in entries.items() if not _old(entry)}
+        for profile, entries in _manifests(results).items()
+    }
+    for profile in reversed(PROFILES):  # from the paper's own data to the stand-ins
+        shown = {name: _csv(results / profile, manifests.get(profile, {}), name) for name in tables}
+        if any(frame is not None for frame in shown.values()):
+            break
+    else:
+        return "No profile has results of the present code; `make reproduce` makes them.\n"
+    what = DATA[PROFILES[profile].source]
+    lines = [
+        f"Profile `{profile}` ({what}), percent, mean ± standard deviation over seeds, *(the paper's number)*.",
+        "",
+    ]
+    for name, (title, best) in tables.items():
+        if (frame := shown[name]) is not None:
+            low, high = int(frame["seeds"].min()), int(frame["seeds"].max())
+            seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
+            lines += [
+                f"**[{title}](results/{profile}/README.md#{name})** ({seeds}).",
+                "",
+                _small(_papers(frame, best)),
+                "",
+            ]
+            if (claims := _csv(results / profile, manifests[profile], f"{name}_claims")) is not None:
+                lines += [*_verdicts(claims)]
+    return "\n".join(lines)
+
+
+def _csv(folder: Path, entries: Mapping[str, dict], name: str) -> pd.DataFrame | None:
+    if name not in entries or not _is(folder / f"{name}.csv", entries[name]["files"].get(f"{name}.csv", "")):
+        return None
+    return pd.read_csv(folder / f"{name}.csv")
+
+
+def _papers(frame: pd.DataFrame, best: int | None) -> pd.DataFrame:
+    """The rows and measures that the paper prints; of the competitors the `best` by each measure, here or in the paper."""
+    frame = frame[frame["paper"].notna()]
+    if best is None:
+        return frame
+    others = frame[frame["row"] != "DMVAE"].groupby("measure")
+    kept = {row for by in ("mean", "paper") for _, of in others for row in of.nlargest(best, by)["row"]}
+    return frame[frame["row"].isin(kept | {"DMVAE"})]
+
+
+def _small(frame: pd.DataFrame) -> str:
+    """A table's csv as Markdown: mean ± standard deviation *(the paper's number)*, a column for each measure."""
+    mean = frame["mean"].map("{:.1f}".format).where(frame["mean"].notna(), "–")
+    spread = frame["sd"].map(" ± {:.1f}".format).where(frame["sd"].notna(), "")
+    paper = frame["paper"].map(" *({:g})*".format).where(frame["paper"].notna(), "")
+    frame = frame.assign(text=mean + spread + paper)
+    rows, measures = frame["row"].unique(), frame["measure"].unique()
+    wide = frame.pivot(index="row", columns="measure", values="text").reindex(rows)[measures].fillna("–")
+    return wide.rename_axis(index=None, columns=None).to_markdown(disable_numparse=True)
+
+
+def _verdicts(claims: pd.DataFrame) -> list[str]:
+    """How many of the paper's claims have each verdict, and by name those that are not confirmed; none: no lines."""
+    if "verdict" not in claims:
+        return []
+    counted = claims.groupby("verdict", sort=False)["claim"].agg(list)
+    parts = []
+    for verdict, texts in sorted(counted.items(), key=lambda item: not item[0].startswith("confirmed")):
+        parts.append(f"**{len(texts)} {verdict}**" + f": {'; '.join(texts)}" * (not verdict.startswith("confirmed")))
+    return [f"The paper's claims here: {'. '.join(parts)}.", ""]
+
+
+# --- results/README.md ------------------------------------------------------------------------------------------------
+
+
+def index(results: Path) -> str:
+    """results/README.md: a line for each artefact of every profile, and the tables beside the paper's numbers."""
+    lines = [INTRODUCTION]
+    for profile, entries in reversed(_manifests(results).items()):
+        lines += [f"## Profile `{profile}`", ""]
+        if old := [name for name, entry in entries.items() if _old(entry)]:
+            lines += [f"**{MARK}**: {'all of it' if len(old) == len(entries) else ', '.join(old)}.", ""]
+        for name, entry in sorted(entries.items(), key=lambda item: item[0] not in SHORT):
+            frame = _csv(results / profile, entries, name) if f"{name}.tex" in entry["files"] else None
+            if frame is not None:  # beside the paper's numbers
+                lines += [f"**[{name}]({profile}/README.md#{name})** {entry['caption']}", "", _small(frame), ""]
+        lines += ["| | what it shows, SHA-256, BibTeX key, runs (seeds) |", "|---|---|"]
+        lines += [_line(results, profile, name, entry) for name, entry in entries.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(results: Path, profile: str, name: str, entry: Mapping) -> str:
+    file, digest = next(iter(entry["files"].items()))
+    picture = f'<img src="{profile}/{file}" width="160" alt="{name}">' if file.endswith(".png") else f"`{file}`"
+    short = re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|")
+    changed = [f for f, expected in entry["files"].items() if not _is(results / profile / f, expected)]
+    parts = [f"**[{name}]({profile}/README.md#{name})** {short}", f"`{digest[:12]}`", f"`{_key(profile, name)}`"]
+    parts += [f"**changed since: {', '.join(changed)}**"] if changed else []
+    return f"| {picture} | {' · '.join([*parts, *_runs(entry, f'{profile}/runs')])} |"
+
+
+def _key(profile: str, name: str) -> str:
+    return f"dmvae_lib-{profile}-{name}"
+
+
+def _runs(entry: Mapping, folder: str) -> list[str]:
+    """An artefact's runs: for each row its name, and every seed as a link to its entry in the ledger; none: empty."""
+    of: dict[str, str] = {}
+    for run in entry["runs"]:
+        name = f"{run['name']}-{run['seed']}" if _old(entry) else run.removesuffix(".json")
+        row, _, seed = name.rpartition("-")
+        of[row] = of.get(row, row) + (f" {seed}" if _old(entry) else f" [{seed}]({folder}/{run})")
+    return ["; ".join(of.values())] if of else []
+
+
+# --- results/<profile>/README.md --------------------------------------------------------------------------------------
+
+
+def provenance(folder: Path) -> str:
+    """results/<profile>/README.md: each artefact in full, its files' SHA-256, what made it from which runs, its BibTeX.
+
+    The address in the BibTeX is the file's name in Software Heritage, which finds it by its content for good.
+    """
+    profile = folder.name
+    lines = [f"# Profile `{profile}`: every table and figure", "", "[All profiles](../README.md)", ""]
+    for name, entry in manifest(folder).items():
+        lines += [f"## {name}", "", entry["caption"].replace("|", r"\|"), ""]
+        files, by, made = entry["files"], entry["notebook"], entry["made"]
+        if f"{name}.png" in files:
+            lines += [f"![{name}]({name}.png)", ""]
+        elif _is(text := folder / f"{name}.md", files[f"{name}.md"]):
+            lines += [text.read_text("utf-8").partition("\n\n")[2].rstrip(), ""]
+        executed = f"notebooks/{Path(by).name}"
+        own = profile != "quick" and (folder / executed).is_file()  # quick's are those in notebooks/
+        source = f"[{by}]({executed if own else f'../../{by}'})" if own or not _old(entry) else f"`{by}`"
+        lines += [
+            f"Made by {source}, dmvae_lib {made.get('dmvae_lib', '')} at commit `{made['commit']}`, {made['finished']}."
+        ]
+        lines += [f"From the runs {runs}." for runs in _runs(entry, "runs")] + [f"**{MARK}.**"] * _old(entry)
+        lines += ["", "| file | SHA-256 |", "|---|---|"]
+        for file, digest in files.items():
+            changed = "" if _is(folder / file, digest) else " **changed since**"
+            link = f"`{file}`" if file.endswith(".md") else f"[{file}]({file})"  # the table above is what it says
+            lines.append(f"| {link} | `{digest}`{changed} |")
+        lines += ["", *_bibtex(folder, name, entry), ""]
+    return "\n".join(lines)
+
+
+def _bibtex(folder: Path, name: str, entry: Mapping) -> Sequence[str]:
+    file, digest = next(iter(entry["files"].items()))
+    content = (folder / file).read_bytes() if (folder / file).is_file() else b""
+    git = hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+    title, path = (re.sub(r"([_%&#])", r"\\\1", text) for text in (entry["caption"], f"results/{folder.name}/{file}"))
+    return [
+        "```bibtex",
+        f"@misc{{{_key(folder.name, name)},",
+        "  author = {{The dmvae\\_lib authors}},",
+        f"  title = {{{title}}},",
+        f"  howpublished = {{dmvae\\_lib, {path}}},",
+        f"  year = {{{entry['made']['finished'][:4]}}},",
+        f"  note = {{SHA-256 {digest}}},",
+        f"  url = {{https://archive.softwareheritage.org/swh:1:cnt:{git}}},",
+        "}",
+        "```",
+    ]
