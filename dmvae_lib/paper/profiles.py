@@ -20,6 +20,8 @@ class Profile:
     retrieval_steps, retrieval_hidden, retrieval_learning_rate: updates of every row of Table 2, units of its hidden
         layers, Adam's rate; matching: the weight of Eq. 4, which the paper does not give (chosen on the validation
         classes of the profile's flowers).
+    tuple_steps, tuple_batch: updates of every model of the field's benchmarks, and tuples in each; tuple_items: test
+        tuples that they are measured on.
     permutations: how often every item is paired; writes_results: whether the runs' entries and what is made of them go
         to results/<name>/; gigabytes: of memory that a process needs, the data included; precision: as of `Schedule`.
     """
@@ -38,6 +40,9 @@ class Profile:
     retrieval_hidden: int
     retrieval_learning_rate: float
     matching: float
+    tuple_steps: int
+    tuple_batch: int
+    tuple_items: int
     permutations: int = 30
     learning_curve: tuple[int, ...] = ()
     writes_results: bool = True
@@ -60,6 +65,9 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     retrieval_hidden=128,
     retrieval_learning_rate=1e-3,
     matching=10.0,
+    tuple_steps=60,
+    tuple_batch=50,
+    tuple_items=200,
 )
 SMOKE = replace(
     QUICK,
@@ -68,6 +76,8 @@ SMOKE = replace(
     particle_steps=2,
     classifier_steps=20,
     retrieval_steps=2,
+    tuple_steps=2,
+    tuple_items=20,
     permutations=2,
     learning_curve=(500,),
     writes_results=False,
@@ -87,6 +97,9 @@ SUBSET = Profile(
     retrieval_hidden=256,
     retrieval_learning_rate=1e-3,
     matching=100.0,
+    tuple_steps=4_000,
+    tuple_batch=50,
+    tuple_items=2_000,
     learning_curve=(1_000, 2_000, 4_000),
     gigabytes=4.0,
 )
@@ -105,6 +118,9 @@ PAPER = Profile(
     retrieval_hidden=512,
     retrieval_learning_rate=1e-3,
     matching=100.0,
+    tuple_steps=70_200,  # 300 epochs of 60,000 tuples (Sutter et al. 2021)
+    tuple_batch=256,
+    tuple_items=10_000,
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
@@ -126,6 +142,6 @@ def get_profile(name: str) -> Profile:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."
         )
-    shortened = ("steps", "particle_steps", "retrieval_steps", "permutations")  # the judges stay as they are
+    shortened = ("steps", "particle_steps", "retrieval_steps", "tuple_steps", "permutations")  # the judges stay as they are
     steps = {field: max(1, round(part * getattr(PROFILES[base], field))) for field in shortened}
     return replace(PROFILES[base], name=name, **steps)
