@@ -65,8 +65,8 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     retrieval_hidden=128,
     retrieval_learning_rate=1e-3,
     matching=10.0,
-    tuple_steps=60,
-    tuple_batch=50,
+    tuple_steps=150,
+    tuple_batch=20,
     tuple_items=200,
 )
 SMOKE = replace(

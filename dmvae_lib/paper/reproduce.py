@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
-from dmvae_lib.paper.rows import ROWS
-from dmvae_lib.paper.rows.digits import CLASSIFIERS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
+from dmvae_lib.paper.rows import JUDGES, ROWS
+from dmvae_lib.paper.rows.digits import RELATED, RELEASE, TABLE1, TABLE3, learning_curve
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
 from dmvae_lib.paper.tables import keeps, table, write_pages
@@ -51,10 +51,10 @@ def runs_of(place: Setting) -> list[Run]:
     """The judges, every row with each of the setting's seeds, the learning curve; missing data are an error at once."""
     for data in {row.data.name: row.data for row in ROWS.values()}.values():
         place.splits(data)
-    judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
-    rows = [row for row in ROWS.values() if row not in judges]
+    curve = learning_curve(place.profile).values()
+    rows = [row for row in ROWS.values() if row not in JUDGES]
     several = [Run(row, seed, place) for row in rows for seed in range(place.seeds)]
-    return [*(Run(row, 0, place) for row in judges), *several, *(Run(row, 0, place) for row in curve)]
+    return [*(Run(row, 0, place) for row in JUDGES), *several, *(Run(row, 0, place) for row in curve)]
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------------
