@@ -175,10 +175,13 @@ def coherence_by_given(
     from the posterior given the set and z_p ~ p(z_p) (the protocol of PolyMNIST, Sutter et al. 2021). Complete data of
     known classes; model and classifiers as for `coherence`. Raises DMVAEError for other data.
     """
-    if data.observed is not None or data.labels is None:
-        raise DMVAEError("coherence_by_given: items or labels are missing; give complete observations of known classes.")
+    labels = data.labels
+    if data.observed is not None or labels is None:
+        raise DMVAEError(
+            "coherence_by_given: items or labels are missing; give complete observations of known classes."
+        )
     device = next(model.parameters()).device
-    data, labels, generator = data.to(device), data.labels.to(device), torch.Generator(device).manual_seed(seed)
+    data, labels, generator = data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
     right: dict[int, list[float]] = {}
     for target in model.names:
         others = [name for name in model.names if name != target]

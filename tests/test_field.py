@@ -1,7 +1,5 @@
 """The field's benchmarks: PolyMNIST and CdSprites+ are made by their rules, rows and measures are what they say."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -132,10 +130,16 @@ def test_unknown_source_evaluation_and_networks():
 
 def test_nothing_else_in_the_library_names_its_modalities():
     library = Path(poly.__file__).parents[2]
-    naming = [path for path in library.rglob("*.py") if '"grain"' in (text := path.read_text("utf-8")) or '"blobs"' in text]
+    naming = [
+        path for path in library.rglob("*.py") if '"grain"' in (text := path.read_text("utf-8")) or '"blobs"' in text
+    ]
     assert naming == [Path(poly.__file__)]
     core = [path for path in library.rglob("*.py") if "paper" not in path.relative_to(library).parts]
-    assert not [path for path in core if "polymnist" in path.read_text("utf-8").lower().replace("(the protocol of polymnist", "")]
+    assert not [
+        path
+        for path in core
+        if "polymnist" in path.read_text("utf-8").lower().replace("(the protocol of polymnist", "")
+    ]
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -184,7 +188,12 @@ def test_entries_are_missing_at_their_rate_but_no_tuple_is_empty():
         assert (~masks).float().mean().item() == pytest.approx(expected, abs=0.01)
         assert torch.equal(masks, torch.stack(list(incomplete(Splits(data, data, {}, ""), share).observed.values())))
     assert [row.name for row in MISSING.values()] == [
-        *("polymnist-dmvae-missing20", "polymnist-dmvae-missing50", "polymnist-mvae-missing20", "polymnist-mvae-missing50"),
+        *(
+            "polymnist-dmvae-missing20",
+            "polymnist-dmvae-missing50",
+            "polymnist-mvae-missing20",
+            "polymnist-mvae-missing50",
+        ),
     ]
 
 
@@ -269,8 +278,8 @@ def test_captions_name_shape_and_size_and_are_read_back():
 
 def test_sprites_are_what_their_captions_say(small):
     data = sprites.CDSPRITES[2].load("embedded").train
-    batch, labels = data.batch(torch.arange(60)), data.labels
-    ink = 1 - batch["image"][:, 0]  # (60, 64, 64)
+    batch, labels = data.batch(torch.arange(len(data))), data.labels
+    ink = 1 - batch["image"][:, 0]  # (150, 64, 64)
     area = ink.flatten(1).sum(1)
     assert area[labels >= 3].min() > 2 * area[labels < 3].max()  # big, small
     filled = [(ink[labels == label] > 0.4).float().mean(0).sum() for label in range(6)]
@@ -350,7 +359,9 @@ def test_their_mvae_computes_our_objective():
             theirs.inner.encoders[name].network.load_state_dict(ours.encoders[name].state_dict())
             theirs.inner.decoders[name].network.load_state_dict(ours.decoders[name].state_dict())
         batch = data.batch(torch.arange(8))
-        assert ours.loss(batch, beta=0.3).total.item() == pytest.approx(theirs.loss(batch, beta=0.3).total.item(), rel=1e-3)
+        assert ours.loss(batch, beta=0.3).total.item() == pytest.approx(
+            theirs.loss(batch, beta=0.3).total.item(), rel=1e-3
+        )
 
 
 def test_their_mmvae_plus_counts_all_modalities_in_its_likelihood():

@@ -22,8 +22,8 @@ from dmvae_lib import DMVAEError
 from dmvae_lib.paper import reproduce
 from dmvae_lib.paper.data import DataSet
 from dmvae_lib.paper.profiles import get_profile
-from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
 from dmvae_lib.paper.rows import JUDGES
+from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
 from dmvae_lib.paper.rows.digits import judge
 from dmvae_lib.paper.runs import setting
 from dmvae_lib.paper.tables import BEGIN, END, table

@@ -142,6 +142,12 @@ def get_profile(name: str) -> Profile:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."
         )
-    shortened = ("steps", "particle_steps", "retrieval_steps", "tuple_steps", "permutations")  # the judges stay as they are
+    shortened = (
+        "steps",
+        "particle_steps",
+        "retrieval_steps",
+        "tuple_steps",
+        "permutations",
+    )  # the judges stay as they are
     steps = {field: max(1, round(part * getattr(PROFILES[base], field))) for field in shortened}
     return replace(PROFILES[base], name=name, **steps)

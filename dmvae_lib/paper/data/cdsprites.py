@@ -1,8 +1,7 @@
 """CdSprites+ made anew, levels 1 and 2: an image of one shape, and its caption (github.com/gabinsane/multimodal-vae-comparison).
 
-Level 1: the caption names the shape, a heart, a square or an ellipse; level 2: its size too. What no caption names
-varies in level 1 not at all but by the shape's turn, in level 2 the same. Its images are drawn here, not downloaded:
-numbers compare with the leaderboard's in their order only.
+Level 1: the caption names the shape, a heart, a square or an ellipse; level 2: its size too. What no caption names is how
+the shape is turned. Images are drawn here, not downloaded: numbers compare with the leaderboard's in their order only.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def load(
     *,
     level: int,
 ) -> Splits:
-    """"image" (3, 64, 64) and "caption" (letters, 27) of a level, classes in turn: ITEMS of them, the same in every source.
+    """Images (3, 64, 64) and captions (letters, 27) of a level, classes in turn: ITEMS of them, the same in every source.
 
     evaluation: "validation" draws other test images. root, cache, device, permutations: not used. Raises DMVAEError
     for an unknown source or evaluation.

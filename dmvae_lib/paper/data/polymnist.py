@@ -163,7 +163,9 @@ def load(
         return PairedData.aligned({name: x[rows] for name, x in items[part].items()}, labels[rows])
 
     everything = slice(None)
-    parts = {"test": tuples("test", everything)} if evaluation == "test" else {"test": tuples("train", slice(kept, None))}
+    parts = (
+        {"test": tuples("test", everything)} if evaluation == "test" else {"test": tuples("train", slice(kept, None))}
+    )
     parts["train"] = tuples("train", everything if evaluation == "test" else slice(kept))
     what = "scikit-learn digits" if source == "embedded" else "MNIST"
     return Splits(parts["train"], parts["test"], {name: f"{what} on {name}" for name in MODALITIES}, source)

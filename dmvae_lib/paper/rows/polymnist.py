@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting
-from dmvae_lib.training import Schedule, model_objective
+from dmvae_lib.training import Schedule
 
 # --- schedules, objectives, what is trained on ----------------------------------------------------------------------
 
@@ -46,7 +45,9 @@ def one_source(
     Raises DMVAEError for a batch with missing items, of which it has no estimate.
     """
     if observed is not None:
-        raise DMVAEError("one source per target: items are missing; train on complete tuples, or by Eq. 3 (DMVAE.loss).")
+        raise DMVAEError(
+            "one source per target: items are missing; train on complete tuples, or by Eq. 3 (DMVAE.loss)."
+        )
     posterior = model.infer_all(batch)
     sources = (posterior.joint, *posterior.shared.values())
     codes = torch.stack([q.rsample() for q in sources])  # (N + 1, B, s)

@@ -54,7 +54,8 @@ class Successor(nn.Module):
     ):
         super().__init__()
         self.kind, self.names, self.logits = kind, tuple(networks), logits
-        self.shared_dim, self.private_dim, self.about = shared_dim, private_dim, {}
+        self.shared_dim, self.private_dim = shared_dim, private_dim
+        self.about: dict[str, Any] = {}
         models = _multivae()
         how = {"n_modalities": len(networks), "latent_dim": shared_dim, "input_dims": dict(shapes)}
         how |= {"uses_likelihood_rescaling": True, "rescale_factors": dict(weights)} | dict(settings)
@@ -82,7 +83,7 @@ class Successor(nn.Module):
     def infer(self, batch: Batch, observed: Observed | None = None) -> Posterior:
         """The means of the posteriors given a complete batch; `experts` and `targets` are empty."""
         statistics = {name: self.inner.encoders[name](x) for name, x in batch.items()}
-        private = {
+        private: dict[str, Any] = {
             name: Point(found.style_embedding if self.private_dim else found.embedding[:, :0])
             for name, found in statistics.items()
         }
@@ -161,7 +162,9 @@ def encoder_of(network: nn.Module, shared_dim: int, private_dim: int) -> nn.Modu
     from multivae.models.base import ModelOutput
     from multivae.models.nn.base_architectures import BaseEncoder, BaseMultilatentEncoder
 
-    class Encoder(BaseMultilatentEncoder if private_dim else BaseEncoder):
+    base: Any = BaseMultilatentEncoder if private_dim else BaseEncoder
+
+    class Encoder(base):
         def __init__(self):
             super().__init__()
             self.network, self.latent_dim, self.style_dim = network, shared_dim, private_dim
