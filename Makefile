@@ -8,15 +8,15 @@ DATA    ?= data
 PYTHON  ?= python3
 
 # glibc then keeps the memory of an update's tensors for the next one instead of giving it back after each
-reproduce notebooks bench parity independent growth: export MALLOC_MMAP_THRESHOLD_ := 33554432
-reproduce notebooks bench parity independent growth: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+reproduce notebooks bench parity independent field growth: export MALLOC_MMAP_THRESHOLD_ := 33554432
+reproduce notebooks bench parity independent field growth: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 VENV := .venv
 BIN  := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test check bench parity gpu independent growth stress rehearsal lab site lock clean
+.PHONY: help setup reproduce notebooks test check bench parity gpu independent field growth stress rehearsal lab site lock clean
 
 help:  ## this list
 	@echo "usage: make TARGET [PROFILE=quick|subset|paper] [SEEDS=1] [DEVICE=auto] [DATA=data] [SCHEDULER=auto]"
@@ -53,6 +53,9 @@ gpu: $(READY)  ## the plan for a GPU: golden numbers, speed, five seeds trained 
 
 independent: $(READY)  ## DMVAE and MMVAE trained by the package multivae (pip install multivae) on the same networks and pairs
 	$(BIN)/python benchmarks/independent.py --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA)
+
+field: $(READY)  ## the field's benchmarks, PolyMNIST and CdSprites+, with the models of the package multivae where it is installed
+	$(BIN)/python benchmarks/field.py --profile $(PROFILE) --seeds $(SEEDS) --device $(DEVICE) --data $(DATA) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
 growth: $(READY)  ## time and memory of an update against pairs, batch size, particles and modalities
 	$(BIN)/python benchmarks/growth.py --profile $(PROFILE) --device $(DEVICE)

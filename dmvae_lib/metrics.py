@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -161,3 +163,36 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum().item()
     apart = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
     return max(apart + trace - 2 * cross, 0.0)
+
+
+@torch.no_grad()
+def coherence_by_given(
+    model: MultimodalVAE, data: PairedData, classifiers: Mapping[str, nn.Module], seed: int = 0
+) -> dict[str, float]:
+    """Conditional coherence by the number of given modalities, {"1 given": share, ..., "N-1 given": share}.
+
+    "k given": `cross_coherence` averaged over all targets and, for each, over all sets of k other modalities, with z_s
+    from the posterior given the set and z_p ~ p(z_p) (the protocol of PolyMNIST, Sutter et al. 2021). Complete data of
+    known classes; model and classifiers as for `coherence`. Raises DMVAEError for other data.
+    """
+    labels = data.labels
+    if data.observed is not None or labels is None:
+        raise DMVAEError(
+            "coherence_by_given: items or labels are missing; give complete observations of known classes."
+        )
+    device = next(model.parameters()).device
+    data, labels, generator = data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
+    right: dict[int, list[float]] = {}
+    for target in model.names:
+        others = [name for name in model.names if name != target]
+        for k in range(1, len(model.names)):
+            for given in combinations(others, k):
+                predicted = [
+                    predict(classifiers[target], model.cross_generate(part, target, generator=generator)[0])
+                    for part in (
+                        {name: x for name, x in data.batch(rows).items() if name in given}
+                        for rows in torch.arange(len(data), device=device).split(500)
+                    )
+                ]
+                right.setdefault(k, []).append(cross_coherence(torch.cat(predicted), labels))
+    return {f"{k} given": fmean(shares) for k, shares in right.items()}

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from dmvae_lib import PairedData
 from dmvae_lib.paper.data import Splits
+from dmvae_lib.paper.data.polymnist import POLYMNIST
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import FLOWERS, incomplete
 from dmvae_lib.paper.rows import ROWS as TABLES
@@ -17,6 +18,11 @@ GOLDEN = Path(__file__).with_name("golden.json")
 PROFILE = replace(get_profile("quick"), width=0.125, particles=3, retrieval_hidden=8)
 BATCH = torch.arange(8)
 BETA = 0.5  # so that its place is seen too
+SHAPES = {  # of the data sets of images
+    "mnist-svhn": {"mnist": (1, 28, 28), "svhn": (3, 32, 32)},
+    "polymnist": dict.fromkeys(POLYMNIST.modalities, (3, 28, 28)),
+    "cdsprites-1": {"image": (3, 64, 64), "caption": (7, 27)},
+}
 ROWS = TABLES | {row.name: row for rows in incomplete(get_profile("paper")).values() for row in rows.values()}
 
 
@@ -45,7 +51,7 @@ def splits_of(row) -> Splits:
         tokens[torch.arange(5) > torch.arange(800)[:, None] % 5] = 0
         items = {"image": noise(800, 260), "text": tokens}
     else:
-        items = {"mnist": noise(12, 1, 28, 28), "svhn": noise(12, 3, 32, 32)}
+        items = {name: noise(12, *shape) for name, shape in SHAPES[row.data.name].items()}
     labels = torch.arange(len(next(iter(items.values())))) % 3
     pairs = PairedData.aligned(items, labels)
     return Splits(pairs, pairs, {}, PROFILE.source)

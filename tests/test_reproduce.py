@@ -23,8 +23,9 @@ from dmvae_lib.paper import reproduce
 from dmvae_lib.paper.data import DataSet
 from dmvae_lib.paper.pages import BEGIN, END
 from dmvae_lib.paper.profiles import get_profile
+from dmvae_lib.paper.rows import JUDGES
 from dmvae_lib.paper.rows import ROWS as PAPERS_ROWS
-from dmvae_lib.paper.rows.digits import CLASSIFIERS, judge
+from dmvae_lib.paper.rows.digits import judge
 from dmvae_lib.paper.runs import setting
 from dmvae_lib.paper.tables import table
 
@@ -128,7 +129,7 @@ def test_without_committed_numbers_it_says_why(place, monkeypatch, tmp_path):
 def test_judges_come_first_and_once_and_every_row_with_every_seed(place, monkeypatch):
     monkeypatch.setattr("dmvae_lib.paper.runs.Setting.splits", lambda *_: None)
     asked = [(run.row.name, run.seed) for run in reproduce.runs_of(replace(place, seeds=2))]
-    judges = [row.name for row in CLASSIFIERS.values()]
+    judges = [row.name for row in JUDGES]
     assert asked[: len(judges)] == [(name, 0) for name in judges]
     for name in PAPERS_ROWS.keys() - set(judges):
         assert [seed for row, seed in asked if row == name] == [0, 1]
@@ -167,7 +168,7 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
     nbformat.write(notebook, tmp_path / "notebooks" / "01_toy.ipynb")
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     judges = {name: judge(toy.TOY, name) for name in toy.TOY.modalities}
-    monkeypatch.setattr(reproduce, "CLASSIFIERS", judges)
+    monkeypatch.setattr(reproduce, "JUDGES", tuple(judges.values()))
     monkeypatch.setattr(reproduce, "ROWS", {row.name: row for row in (*judges.values(), toy.ROW)})
     monkeypatch.setattr(reproduce, "TABLES", {"Table 1": {"DMVAE": toy.ROW}})
     monkeypatch.setattr(reproduce, "project_folder", lambda: tmp_path)

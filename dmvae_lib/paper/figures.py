@@ -204,3 +204,28 @@ def by_share(mean: pd.DataFrame, sd: pd.DataFrame) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", ncols=3, loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
+
+
+def by_given(table: pd.DataFrame) -> Figure:
+    """`tables.compare`'s measures "k given", in percent: a line a row, a band of its standard deviation; published ones dashed."""
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    measures = [name for name in table.index.unique("measure") if name.endswith(" given")]
+    numbers = [int(name.split()[0]) for name in measures]
+    for i, (row, marker) in enumerate(zip(table.index.unique("row"), "osD^vXPph*" * 3)):
+        part, colour = table.loc[row].reindex(measures), sns.color_palette("colorblind")[i % 10]
+        ax.plot(numbers, part["mean"], color=colour, marker=marker, label=row)
+        ax.fill_between(numbers, part["mean"] - part["sd"], part["mean"] + part["sd"], color=colour, alpha=0.15)
+        if part["paper"].notna().any():
+            ax.plot(
+                numbers,
+                part["paper"],
+                color=colour,
+                marker=marker,
+                fillstyle="none",
+                linestyle="--",
+                label=f"{row}, published",
+            )
+    ax.set(xlabel="modalities given", ylabel="coherence, percent", xticks=numbers, ylim=(0, 100))
+    ax.legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure

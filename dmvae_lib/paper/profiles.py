@@ -19,6 +19,8 @@ class Profile:
         judge takes a CPU longer than all of `quick`); learning_curve: numbers of SVHN training images to train DMVAE
         on, beside all; complete: shares of complete observations to train on, beside all (notebook 13).
     retrieval_steps, retrieval_hidden: updates of every row of Table 2, units of its hidden layers.
+    tuple_steps, tuple_batch: updates of every model of the field's benchmarks, and tuples in each; tuple_items: test
+        tuples that they are measured on.
     validate_every: updates between scores on the validation split, the curve in a run's entry, of a data set that leaves
         it out of training; 0: no curve.
     permutations: how often every item is paired; writes_results: whether the runs' entries and what is made of them go
@@ -37,6 +39,9 @@ class Profile:
     classifier_steps: int
     retrieval_steps: int
     retrieval_hidden: int
+    tuple_steps: int
+    tuple_batch: int
+    tuple_items: int
     validate_every: int = 0
     permutations: int = 30
     strong_steps: int = 0
@@ -61,6 +66,9 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     retrieval_steps=400,
     retrieval_hidden=128,
     complete=(0.05,),
+    tuple_steps=150,
+    tuple_batch=20,
+    tuple_items=200,
 )
 SMOKE = replace(
     QUICK,
@@ -69,6 +77,8 @@ SMOKE = replace(
     particle_steps=2,
     classifier_steps=20,
     retrieval_steps=2,
+    tuple_steps=2,
+    tuple_items=20,
     permutations=2,
     learning_curve=(500,),
     writes_results=False,
@@ -88,6 +98,9 @@ SUBSET = Profile(
     retrieval_steps=900,  # two minutes on a core for each row; most rows' validation scores have levelled off
     retrieval_hidden=256,
     validate_every=1_200,
+    tuple_steps=4_000,
+    tuple_batch=50,
+    tuple_items=2_000,
     learning_curve=(1_000, 2_000, 4_000),
     gigabytes=4.0,
 )
@@ -105,6 +118,9 @@ PAPER = Profile(
     strong_steps=11_400,  # 20 epochs of SVHN
     retrieval_steps=20_000,
     retrieval_hidden=512,
+    tuple_steps=70_200,  # 300 epochs of 60,000 tuples (Sutter et al. 2021)
+    tuple_batch=256,
+    tuple_items=10_000,
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
@@ -126,6 +142,12 @@ def get_profile(name: str) -> Profile:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."
         )
-    shortened = ("steps", "particle_steps", "retrieval_steps", "permutations")  # the judges stay as they are
+    shortened = (
+        "steps",
+        "particle_steps",
+        "retrieval_steps",
+        "tuple_steps",
+        "permutations",
+    )  # the judges stay as they are
     steps = {field: max(1, round(part * getattr(PROFILES[base], field))) for field in shortened}
     return replace(PROFILES[base], name=name, **steps)

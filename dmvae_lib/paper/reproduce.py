@@ -26,16 +26,8 @@ from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.pages import write_pages
-from dmvae_lib.paper.rows import ROWS
-from dmvae_lib.paper.rows.digits import (
-    CLASSIFIERS,
-    RELATED,
-    RELEASE,
-    TABLE1,
-    TABLE3,
-    learning_curve,
-    strong_judges,
-)
+from dmvae_lib.paper.rows import JUDGES, ROWS
+from dmvae_lib.paper.rows.digits import RELATED, RELEASE, TABLE1, TABLE3, learning_curve, strong_judges
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.rows.incomplete import incomplete
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
@@ -63,12 +55,12 @@ def runs_of(place: Setting) -> list[Run]:
     setting's seeds, the learning curve; missing data are an error at once."""
     for data in {row.data.name: row.data for row in ROWS.values()}.values():
         place.splits(data)
-    judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
+    curve = learning_curve(place.profile).values()
     with_gaps = {row.name: row for rows in incomplete(place.profile).values() for row in rows.values()}
-    rows = [row for row in (ROWS | with_gaps).values() if row not in judges]
+    rows = [row for row in (ROWS | with_gaps).values() if row not in JUDGES]
     several = [Run(row, seed, place) for seed in range(place.seeds) for row in rows]  # a table of few seeds is whole
     strong = strong_judges(place, MNIST_SVHN).values()
-    return [*(Run(row, 0, place) for row in judges), *strong, *several, *(Run(row, 0, place) for row in curve)]
+    return [*(Run(row, 0, place) for row in JUDGES), *strong, *several, *(Run(row, 0, place) for row in curve)]
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------------

@@ -137,18 +137,30 @@ MNIST_SVHN = DataSet(
 # --- sources and files ----------------------------------------------------------------------------------------------
 
 
+def handwritten(source: str, root: Path) -> Parts:
+    """The handwritten digits of a source, (N, 1, 28, 28), to train on and to test on. Errors as `load`'s."""
+    if source == "embedded":
+        written = handwritten_digits()
+        return written[:2], written[2:]
+    if source == "full":
+        from torchvision.datasets import MNIST
+
+        _fetch("MNIST", root, [Path("MNIST", "raw", name) for name in MNIST_SHA256], partial(MNIST, download=True))
+    return _mnist(root)
+
+
 def _read(source: str, root: Path) -> dict[str, Parts]:
     if source == "embedded":
-        written, drawn = handwritten_digits(), (house_numbers(8_000, seed=0), house_numbers(2_000, seed=1))
-        return {"mnist": (written[:2], written[2:]), "svhn": drawn}
+        drawn = house_numbers(8_000, seed=0), house_numbers(2_000, seed=1)
+        return {"mnist": handwritten(source, root), "svhn": drawn}
     if source == "subset":  # cut by index: neighbours are crops of one house number, a random split would leak
-        return {"mnist": _mnist(root), "svhn": _cut(_svhn_subset(root), 8_000)}
-    from torchvision.datasets import MNIST, SVHN
+        return {"mnist": handwritten(source, root), "svhn": _cut(_svhn_subset(root), 8_000)}
+    from torchvision.datasets import SVHN
 
-    _fetch("MNIST", root, [Path("MNIST", "raw", name) for name in MNIST_SHA256], partial(MNIST, download=True))
+    written = handwritten(source, root)
     for split in ("train", "test"):
         _fetch("SVHN", root / "svhn", [Path(SVHN.split_list[split][1])], partial(SVHN, split=split, download=True))
-    return {"mnist": _mnist(root), "svhn": (_svhn(root, "train"), _svhn(root, "test"))}
+    return {"mnist": written, "svhn": (_svhn(root, "train"), _svhn(root, "test"))}
 
 
 def _cut(data: Labelled, n: int) -> Parts:
