@@ -68,12 +68,14 @@ class HybridMixture(nn.Module):
             share = share / share.sum().clamp_min(1e-10)
             mean = share @ x
             deviation = (share @ (x - mean).square()).sqrt().maximum(floor)
+            self.location[k], self.scale[k] = mean, deviation
+            if not self.hybrid:
+                continue
             below = (share[order].cumsum(0) < 0.5).sum(0, keepdim=True).clamp_max(len(x) - 1)
             median = x.gather(0, order.gather(0, below))[0]
             spread = (share @ (x - median).abs()).maximum(floor)
             # minus the mean log-density at these parameters: log(2 s) + 1, and log(sigma) + log(2 pi e) / 2
-            better = (2 * spread).log() + 1 < deviation.log() + 0.5 * math.log(2 * math.pi * math.e)
-            self.laplacian[k] = better & self.hybrid
+            self.laplacian[k] = (2 * spread).log() + 1 < deviation.log() + 0.5 * math.log(2 * math.pi * math.e)
             self.location[k] = torch.where(self.laplacian[k], median, mean)
             self.scale[k] = torch.where(self.laplacian[k], spread, deviation)
 
