@@ -11,7 +11,7 @@ from toy import OPTIONS, ROW, SHARED, TOY, place_in
 from dmvae_lib import DMVAE, DMVAEError
 from dmvae_lib.paper import published
 from dmvae_lib.paper.profiles import PROFILES, get_profile
-from dmvae_lib.paper.rows import CLASSIFIERS, RELATED, RELEASE, ROWS, TABLE1, TABLE3, learning_curve
+from dmvae_lib.paper.rows import CLASSIFIERS, RELATED, RELEASE, ROWS, TABLE1, TABLE3, budgets, learning_curve
 from dmvae_lib.paper.rows.digits import MNIST_SVHN, first_images, judge
 from dmvae_lib.paper.runs import Run, setting
 
@@ -182,3 +182,15 @@ def test_data_sets_are_loaded_once_for_equal_settings():
     place = setting("smoke", device="cpu")
     assert place.splits(TOY) is replace(place).splits(pickle.loads(pickle.dumps(TOY)))
     assert place.splits(TOY) is not setting("smoke", device="cpu", evaluation="validation").splits(TOY)
+
+
+def test_what_the_budget_decides_differs_in_the_budget_alone():
+    rows = budgets(get_profile("subset"))
+    usual = {name: row.config(get_profile("subset"), 0) for name, row in TABLE1.items()}
+    longer = rows["DMVAE, twice the updates"].config(get_profile("subset"), 0)
+    assert longer["schedule"] == usual["DMVAE"]["schedule"] | {"steps": 48_000}
+    assert longer["arguments"] == usual["DMVAE"]["arguments"]
+    more = rows["MMVAE, K = 30"].config(get_profile("subset"), 0)
+    assert more["arguments"] == usual["MMVAE"]["arguments"] | {"particles": 30}
+    assert more["schedule"] == usual["MMVAE"]["schedule"] | {"chunks": 3}
+    assert not budgets(get_profile("quick"))

@@ -14,13 +14,14 @@ from dmvae_lib import DMVAEError, Schedule
 from dmvae_lib.files import seal, sha256
 from dmvae_lib.paper import published
 from dmvae_lib.paper.data import DataSet
-from dmvae_lib.paper.figures import curves, embedding
+from dmvae_lib.paper.figures import by_pairs, curves, embedding
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.published import CHANCE, MEASURES, Claim
 from dmvae_lib.paper.rows import TABLE1, TABLE2, TABLE3
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results, check, compare, ledger, median, readable, table, two_judges, which
+from dmvae_lib.paper.tables import curves as curves_of
 
 
 def build(data, splits, *, size=1):
@@ -290,3 +291,15 @@ def test_curves_name_the_bound_and_say_where_lambda_weighs():
     labels = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
     assert labels == [["b<-a"], ["b<-a", "total"]]
     assert [ax.get_ylabel() for ax in figure.axes] == ["nats per pair, times λ", "nats per pair"]
+
+
+def test_curves_are_the_validation_scores_of_the_ledger_by_pairs_seen(tmp_path):
+    from toy import ROW, place_in
+
+    place = place_in(tmp_path, validate_every=20)
+    entry = Run(ROW, 0, place).train().entry
+    found = curves_of({"toys": ROW, "never trained": replace(ROW, name="toy-other")}, place)
+    assert list(found.index) == [("toys", 0, 200), ("toys", 0, 400)]  # batches of 10
+    assert found.loc[("toys", 0, 400)].tolist() == [100 * entry["curve"][name][-1] for name in entry["scores"]]
+    assert len(by_pairs(found).axes) == 3
+    assert curves_of({"toys": ROW}, place_in(tmp_path / "none")).empty

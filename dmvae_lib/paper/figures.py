@@ -229,3 +229,20 @@ def by_given(table: pd.DataFrame) -> Figure:
     ax.legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
+
+
+def by_pairs(scores: pd.DataFrame) -> Figure:
+    """`tables.curves`' scores, a panel a measure, a line a row: the mean over seeds, a band from the least to the greatest."""
+    figure, axes = plt.subplots(1, scores.shape[1], figsize=(4.2 * scores.shape[1], 3.6), sharey=True, squeeze=False)
+    dashes, grouped = ["-", "--", ":", "-."], scores.groupby(level=["row", "pairs"], sort=False)
+    mean, low, high = grouped.mean(), grouped.min(), grouped.max()
+    for ax, measure in zip(axes[0], scores):
+        for i, row in enumerate(mean.index.unique("row")):
+            x, style = mean.loc[row].index, {"color": f"C{i % 10}", "linestyle": dashes[i // 10 % 4]}
+            ax.plot(x, mean.loc[row, measure], label=row, **style)
+            ax.fill_between(x, low.loc[row, measure], high.loc[row, measure], color=style["color"], alpha=0.15)
+        ax.set(title=measure, xlabel="pairs seen", ylim=(0, 100))
+    axes[0, 0].set_ylabel("percent, validation split")
+    axes[0, -1].legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure

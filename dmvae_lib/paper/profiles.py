@@ -17,7 +17,8 @@ class Profile:
         model of the digits, by Adam; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
         classifier_steps: updates of the evaluation classifiers, strong_steps: of the strong ones, 0 for none (a strong
         judge takes a CPU longer than all of `quick`); learning_curve: numbers of SVHN training images to train DMVAE
-        on, beside all; complete: shares of complete observations to train on, beside all (notebook 13).
+        on, beside all; more_particles: Ks of MMVAE beside `particles`; twice: whether DMVAE is also trained for twice
+        the updates; complete: shares of complete observations to train on, beside all (notebook 13).
     retrieval_steps, retrieval_hidden: updates of every row of Table 2, units of its hidden layers.
     tuple_steps, tuple_batch: updates of every model of the field's benchmarks, and tuples in each; tuple_items: test
         tuples that they are measured on.
@@ -46,6 +47,8 @@ class Profile:
     permutations: int = 30
     strong_steps: int = 0
     learning_curve: tuple[int, ...] = ()
+    more_particles: tuple[int, ...] = ()
+    twice: bool = False
     complete: tuple[float, ...] = (0.5, 0.2, 0.05)
     writes_results: bool = True
     gigabytes: float = 2.0
@@ -102,6 +105,8 @@ SUBSET = Profile(
     tuple_batch=50,
     tuple_items=2_000,
     learning_curve=(1_000, 2_000, 4_000),
+    more_particles=(10, 30),
+    twice=True,
     gigabytes=4.0,
 )
 PAPER = Profile(

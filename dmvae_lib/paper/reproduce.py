@@ -27,7 +27,7 @@ from dmvae_lib.files import atomic_write, locked, remove_leftovers
 from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.pages import write_pages
 from dmvae_lib.paper.rows import JUDGES, ROWS
-from dmvae_lib.paper.rows.digits import RELATED, RELEASE, TABLE1, TABLE3, learning_curve, strong_judges
+from dmvae_lib.paper.rows.digits import RELATED, RELEASE, TABLE1, TABLE3, budgets, learning_curve, strong_judges
 from dmvae_lib.paper.rows.flowers import TABLE2
 from dmvae_lib.paper.rows.incomplete import incomplete
 from dmvae_lib.paper.runs import Run, Setting, project_folder, setting
@@ -52,15 +52,15 @@ def reproduce(place: Setting, scheduler: str | None = "auto") -> None:
 
 def runs_of(place: Setting) -> list[Run]:
     """The judges, the strong ones too where the profile has them, every row and the incomplete ones with each of the
-    setting's seeds, the learning curve; missing data are an error at once."""
+    setting's seeds, the learning curve and what the budget decides with one; missing data are an error at once."""
     for data in {row.data.name: row.data for row in ROWS.values()}.values():
         place.splits(data)
-    curve = learning_curve(place.profile).values()
+    once = (learning_curve(place.profile) | budgets(place.profile)).values()
     with_gaps = {row.name: row for rows in incomplete(place.profile).values() for row in rows.values()}
     rows = [row for row in (ROWS | with_gaps).values() if row not in JUDGES]
     several = [Run(row, seed, place) for seed in range(place.seeds) for row in rows]  # a table of few seeds is whole
     strong = strong_judges(place, MNIST_SVHN).values()
-    return [*(Run(row, 0, place) for row in JUDGES), *strong, *several, *(Run(row, 0, place) for row in curve)]
+    return [*(Run(row, 0, place) for row in JUDGES), *strong, *several, *(Run(row, 0, place) for row in once)]
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------------

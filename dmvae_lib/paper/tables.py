@@ -90,6 +90,24 @@ def table(
     return made
 
 
+def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
+    """The validation scores of the ledger's entries as they were trained: a line per (row, seed, pairs seen), percent.
+
+    rows: as of `table`; entries without a curve of scores, or of another configuration, are left out.
+    """
+    lines = []
+    for title, row in rows.items():
+        for (name, seed), entry in ledger(setting).items():
+            if name != row.name or entry["config"] != row.config(setting.profile, seed):
+                continue
+            curve, batch = dict(entry["curve"]), entry["config"]["schedule"]["batch_size"]
+            pairs, _ = [batch * n for n in curve.pop("updates")], curve.pop("total", None)
+            for at, *shares in zip(pairs, *curve.values()) if curve else ():
+                percents = {MEASURES.get(measure, measure): 100 * share for measure, share in zip(curve, shares)}
+                lines.append({"row": title, "seed": seed, "pairs": at, **percents})
+    return pd.DataFrame(lines, columns=None if lines else ["row", "seed", "pairs"]).set_index(["row", "seed", "pairs"])
+
+
 def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Percents) -> pd.DataFrame:
     """Long table of measured shares beside the paper's percentages.
 

@@ -2,7 +2,7 @@
 
 from dmvae_lib.paper.rows import cdsprites, polymnist
 from dmvae_lib.paper.rows.cdsprites import CDSPRITES_ROWS
-from dmvae_lib.paper.rows.digits import CLASSIFIERS, DIGITS, RELATED, RELEASE, TABLE1, TABLE3, learning_curve
+from dmvae_lib.paper.rows.digits import CLASSIFIERS, DIGITS, RELATED, RELEASE, TABLE1, TABLE3, budgets, learning_curve
 from dmvae_lib.paper.rows.flowers import FLOWERS, PARTS, TABLE2
 from dmvae_lib.paper.rows.incomplete import incomplete
 from dmvae_lib.paper.rows.polymnist import POLYMNIST_ROWS
@@ -29,6 +29,7 @@ __all__ = [
     "TABLE1",
     "TABLE2",
     "TABLE3",
+    "budgets",
     "incomplete",
     "learning_curve",
 ]

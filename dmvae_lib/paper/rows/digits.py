@@ -137,8 +137,13 @@ def annealed(profile: Profile) -> Schedule:
 
 def by_particles(profile: Profile) -> Schedule:
     """MMVAE's, whose updates cost `particles` times as much."""
+    return of_particles(profile, profile.particles)
+
+
+def of_particles(profile: Profile, particles: int) -> Schedule:
+    """MMVAE's with so many particles."""
     # Some 0.5 GB of activations for each chunk of 500 codes of two modalities; larger ones are slower on a CPU.
-    chunks = ceil(profile.particles * profile.particle_batch / 500)
+    chunks = ceil(particles * profile.particle_batch / 500)
     return replace(updates(profile), steps=profile.particle_steps, batch_size=profile.particle_batch, chunks=chunks)
 
 
@@ -329,3 +334,22 @@ def learning_curve(profile: Profile) -> dict[int, Row]:
         )
         for n in profile.learning_curve
     }
+
+
+def twice(profile: Profile) -> Schedule:
+    """Twice the profile's updates."""
+    return replace(updates(profile), steps=2 * profile.steps)
+
+
+def budgets(profile: Profile) -> dict[str, Row]:
+    """What the budget decides, as the profile says: {title: row} of MMVAE with more particles at the same number of pairs,
+    and of DMVAE with twice the updates."""
+    rows = {}
+    for k in profile.more_particles:
+        options = {**BASELINE, "particles": k}
+        usual = replace(TABLE1["MMVAE"], name=f"mmvae-{k}", title=f"MMVAE, K = {k}", from_profile=("width",))
+        rows[usual.title] = replace(usual, options=options, schedule=partial(of_particles, particles=k))
+    if profile.twice:
+        longer = replace(DMVAE_ROW, name="dmvae-twice", title="DMVAE, twice the updates", schedule=twice)
+        rows[longer.title] = longer
+    return rows
