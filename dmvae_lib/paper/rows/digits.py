@@ -346,9 +346,14 @@ def budgets(profile: Profile) -> dict[str, Row]:
     and of DMVAE with twice the updates."""
     rows = {}
     for k in profile.more_particles:
-        what = {"name": f"mmvae-{k}", "title": f"MMVAE, K = {k}", "options": {**BASELINE, "particles": k}}
-        how = {"from_profile": ("width",), "schedule": partial(of_particles, particles=k)}
-        rows[f"MMVAE, K = {k}"] = replace(TABLE1["MMVAE"], **what, **how)
+        rows[f"MMVAE, K = {k}"] = replace(
+            TABLE1["MMVAE"],
+            name=f"mmvae-{k}",
+            title=f"MMVAE, K = {k}",
+            options={**BASELINE, "particles": k},
+            from_profile=("width",),
+            schedule=partial(of_particles, particles=k),
+        )
     if profile.twice:
         longer = replace(DMVAE_ROW, name="dmvae-twice", title="DMVAE, twice the updates", schedule=twice)
         rows[longer.title] = longer
