@@ -83,6 +83,21 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     return float(probe.fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy()))
 
 
+def linear_r2(train: Tensor, train_values: Tensor, test: Tensor, test_values: Tensor) -> float:
+    """What a linear regression from codes (N, d) tells of numbers (N, k) where there are no labels: its R^2 on the test.
+
+    1 - (squared error) / (squared error of always answering the training mean), of all k numbers together; 0 with d = 0,
+    below 0 for what is worse than the mean.
+    """
+    rows, values, test_rows, test_values = (x.double() for x in (train, train_values, test, test_values))
+    centre, mean = rows.mean(0), values.mean(0)
+    weights = torch.linalg.lstsq(
+        rows - centre, values - mean, driver="gelsd"
+    ).solution  # also of codes that are constant
+    error = (test_values - mean - (test_rows - centre) @ weights).square().sum()
+    return 1 - (error / (test_values - mean).square().sum()).item()
+
+
 def tsne(codes: dict[str, Tensor], seed: int = 0) -> dict[str, np.ndarray]:
     """Codes of several modalities, {name: (N, s)}, in one t-SNE map, {name: (N, 2)} (Fig. 5)."""
     from sklearn.manifold import TSNE

@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import read_sealed, write_sealed
 from dmvae_lib.models.base import Batch, Terms
+from dmvae_lib.pairing import PairedData
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dmvae_lib.pairing import PairedData
 
 NOT_FINITE = (
     "A checkpoint from before, if one was written, is kept; lower the learning rate, or look at the data, the "
@@ -109,11 +108,15 @@ def train(
     evaluation, and given back to the caller as they were. history.attrs: "seconds", the time that all parts of the run
     took, and "precision", as `resolve_precision` says.
 
-    Raises DMVAEError for values in the first batch that the model cannot take (its `check`), when a term or a weight is
-    not finite, naming step and term, and for a checkpoint that is damaged or another run's; the last good one stays.
+    Raises DMVAEError for data that are no PairedData, for values in the first batch that the model cannot take (its
+    `check`), when a term or a weight is not finite, naming step and term, and for a checkpoint that is damaged or
+    another run's; the last good one stays.
     """
     import pandas as pd  # here, because it takes long to import
 
+    if not isinstance(data, PairedData):
+        expected = "expected PairedData, as PairedData.aligned({name: tensor or array, ...}) makes it"
+        raise DMVAEError(f"train: the data are a {type(data).__name__}; {expected}.")
     device = resolve_device(device)
     model.to(device).train()
     optimiser = torch.optim.Adam(model.parameters(), schedule.learning_rate, fused=True)

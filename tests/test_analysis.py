@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmvae_lib.analysis import distinct_codes, linear_probe, mixing, neighbour_agreement, posterior_means
+from dmvae_lib.analysis import distinct_codes, linear_probe, linear_r2, mixing, neighbour_agreement, posterior_means
 from dmvae_lib.models import DMVAE, Modality
 from dmvae_lib.pairing import PairedData
 
@@ -33,6 +33,20 @@ def test_linear_probe_reads_a_class_that_lies_on_a_line_and_none_that_does_not()
 def test_linear_probe_of_no_codes_answers_the_class_most_common_in_training():
     train, test = torch.zeros(5, 0), torch.zeros(4, 0)
     assert linear_probe(train, torch.tensor([7, 7, 7, 2, 2]), test, torch.tensor([2, 2, 2, 7])) == 0.25
+
+
+def test_linear_r2_is_the_share_of_the_variance_that_a_line_explains():
+    """y = 3 x0 - x1 + 5 + noise: of the variance 10 + 10 half is the noise's. A code that is constant changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.cat([torch.randn(4_000, 2, generator=generator), torch.ones(4_000, 1)], 1)
+    noise = 10**0.5 * torch.randn(4_000, 1, generator=generator)
+    values = 3 * codes[:, :1] - codes[:, 1:2] + 5 + noise
+    halves = codes[:2_000], values[:2_000], codes[2_000:], values[2_000:]
+    assert linear_r2(*halves) == pytest.approx(0.5, abs=0.03)
+    exact = torch.cat([values - noise, torch.zeros(4_000, 1)], 1)
+    assert linear_r2(codes[:2_000], exact[:2_000], codes[2_000:], exact[2_000:]) == pytest.approx(1)
+    assert abs(linear_r2(noise[:2_000], codes[:2_000, :2], noise[2_000:], codes[2_000:, :2])) < 0.01
+    assert linear_r2(codes[:2_000, :0], values[:2_000], codes[:2_000, :0], values[:2_000]) == pytest.approx(0)
 
 
 def model(a=1, b=2):

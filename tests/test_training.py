@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from dmvae_lib import DMVAE, MVAE, DMVAEError, Modality, PairedData, Schedule, train
+from dmvae_lib import DMVAE, MMVAE, MVAE, DMVAEError, Modality, PairedData, Schedule, train
 from dmvae_lib.files import read_sealed, write_sealed
 from dmvae_lib.models import Terms
 from dmvae_lib.training import _tensor_float32, batches, model_objective, resolve_device, resolve_precision
@@ -188,6 +189,22 @@ def test_a_missing_item_is_left_out_whatever_its_values():
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
 
+def test_labels_are_used_by_no_model():
+    items = {"a": torch.rand(24, 6), "b": torch.rand(24, 4)}
+    found = []
+    for labels in (None, torch.arange(24) % 3):
+        fresh = model()
+        train(fresh, PairedData.aligned(items, labels), PLAN, 0, "cpu")
+        found.append(weights(fresh))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], {"a": torch.rand(9, 6)}, DataLoader(TensorDataset(torch.rand(9, 6)))])
+def test_what_is_no_paired_data_is_named_with_what_to_pass(wrong):
+    with pytest.raises(DMVAEError, match=rf"the data are a {type(wrong).__name__}; expected PairedData.*aligned"):
+        train(model(), wrong, PLAN)
+
+
 def test_terms_that_only_some_updates_have_are_averaged_over_those():
     """MVAE draws other subsets of three modalities at every update."""
     names = ("a", "b", "c")
@@ -221,6 +238,28 @@ def test_an_interrupted_run_ends_with_the_weights_and_history_of_an_undisturbed_
     again = train(resumed, data(), PLAN, 0, "cpu", tmp_path, objective, checkpoint_seconds=0)
     assert torch.equal(weights(resumed), expected) and again.equals(history)
     assert objective.calls == PLAN.steps - (stop - 1)  # it did go on, not start anew
+
+
+@pytest.mark.parametrize("kind", [DMVAE, MVAE, MMVAE])
+def test_an_interrupted_run_on_incomplete_data_goes_on_to_the_bit(tmp_path, kind):
+    item = torch.arange(40)
+    items = {"a": torch.rand(40, 6), "b": torch.rand(40, 4)}
+    items["a"][item % 3 == 0] = float("nan")
+    gaps = PairedData.aligned(items, observed={"a": item % 3 > 0, "b": item % 3 != 1})
+
+    def fresh(seed):
+        torch.manual_seed(seed)
+        private = 1 if kind is DMVAE else 0
+        sizes = {"a": 6, "b": 4}
+        nets = {n: (nn.Linear(d, 2 * private + 4), nn.Linear(private + 2, d)) for n, d in sizes.items()}
+        return kind({n: Modality(*of, private, likelihood="gaussian") for n, of in nets.items()}, 2)
+
+    expected, resumed = fresh(0), fresh(99)
+    history = train(expected, gaps, PLAN, 0, "cpu")
+    with pytest.raises(Stop):
+        train(fresh(0), gaps, PLAN, 0, "cpu", tmp_path, doing([7], stopping), checkpoint_seconds=0)
+    again = train(resumed, gaps, PLAN, 0, "cpu", tmp_path)
+    assert torch.equal(weights(resumed), weights(expected)) and again.equals(history)
 
 
 KILLED = """
