@@ -109,24 +109,14 @@ def measure(number: int, place: Setting) -> pd.DataFrame:
         except DMVAEError as error:
             print(f"{title}, {dict(cell)}: {error}", file=sys.stderr)
             found = []
-        means = {
-            m: 100 * statistics.fmean(e["scores"][m] for e in found) for m in (found[0]["scores"] if found else ())
-        }
-        about = {"updates": row.schedule(place.profile).steps, "seeds": len(found)}
-        about["seconds"] = sum(entry["seconds"] for entry in found)
         published = AUTHORS[number].get(title, {})
-        scores = {MEASURES.get(m, m): value for m, value in means.items()}
-        score = statistics.fmean(means.values()) if means else float("nan")
-        lines.append(
-            {
-                "row": title,
-                **cell,
-                **scores,
-                "score": score,
-                "authors": bool(published) and published.items() <= cell.items(),
-                **about,
-            }
-        )
+        of_authors = bool(published) and published.items() <= cell.items()
+        measures = found[0]["scores"] if found else ()
+        means = {m: round(100 * statistics.fmean(entry["scores"][m] for entry in found), 2) for m in measures}
+        score = round(statistics.fmean(means.values()), 2) if means else float("nan")
+        scores = {MEASURES.get(m, m): mean for m, mean in means.items()} | {"score": score, "authors": of_authors}
+        about = {"updates": row.schedule(place.profile).steps, "seeds": len(found)}
+        lines.append({"row": title, **cell, **scores, **about, "seconds": sum(entry["seconds"] for entry in found)})
     return choose(pd.DataFrame(lines))
 
 
@@ -144,7 +134,7 @@ def main() -> None:
         if number not in TABLES:
             raise DMVAEError(f"there is no grid for table {number}; expected 1 or 2.")
         place = setting(**options)
-        frame = measure(number, shortened(place, share)).round(4)
+        frame = measure(number, shortened(place, share))
         caption = (
             f"The grid of Table {number}: {share:g} of the updates, {place.seeds} seed{'s' * (place.seeds > 1)}, validation "
             "data, percent. `authors`: what a row's authors publish; `chosen`: the highest `score` of each row, the mean of "
