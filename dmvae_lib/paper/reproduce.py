@@ -57,7 +57,8 @@ def reproduce(place: Setting, scheduler: str | None = "auto") -> None:
 
 
 def runs_of(place: Setting) -> list[Run]:
-    """The judges, the strong ones too where the profile has them, every row with each of the setting's seeds, the learning curve; missing data are an error at once."""
+    """The judges, with the strong ones where the profile has them, every row with each of the setting's seeds, the
+    learning curve; missing data are an error at once."""
     for data in {row.data.name: row.data for row in ROWS.values()}.values():
         place.splits(data)
     judges, curve = CLASSIFIERS.values(), learning_curve(place.profile).values()
