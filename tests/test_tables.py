@@ -138,7 +138,7 @@ def test_a_claim_is_decided_by_the_interval_of_the_differences_seed_by_seed(plac
     scores = {"One": (0.50, 0.71, 0.92), "Two": (0.40, 0.60, 0.80)}  # far apart, but not seed by seed
     row = verdicts(place, [ONE_ABOVE_TWO], **scores).iloc[0]
     assert row["difference [95 %]"] == "+11.0 [+8.5, +13.5]" and row["verdict"] == "confirmed" and row["seeds"] == 3
-    assert (row["here"], row["against"]) == ("71.0", "60.0")
+    assert (row["here"], row["against"], row["claimed"]) == ("71.0", "60.0", "> 0")
     backwards = ONE_ABOVE_TWO._replace(cell=("Two", "joint"), than=("One", "joint"))
     assert check([backwards], table(ROWS, place))["verdict"].item() == "refuted"
     assert check([ONE_ABOVE_TWO], table(ROWS, place), "strong")["verdict"].item() == "refuted"
@@ -165,7 +165,7 @@ def test_one_seed_wide_intervals_and_missing_runs_decide_nothing(place, scores, 
 def test_a_collapse_is_within_a_margin_of_chance(place, shares, verdict):
     claims = [Claim("collapses", "Table 3", ("One", "joint"), CHANCE, -math.inf, 20.0)]  # 26 +- 13 is below 20 + 20
     found = verdicts(place, claims, One=shares).iloc[0]
-    assert found["verdict"] == verdict and found["against"] == "20.0"
+    assert (found["verdict"], found["against"], found["claimed"]) == (verdict, "20.0", "< 20")
 
 
 def test_the_same_is_within_a_margin_and_percent_may_be_given(place):
@@ -173,6 +173,7 @@ def test_the_same_is_within_a_margin_and_percent_may_be_given(place):
     half = Claim("most", "Fig. 6", ("One", "joint"), 50.0)
     found = verdicts(place, [same, half], One=(0.60, 0.70, 0.80), Two=(0.59, 0.70, 0.81))
     assert found["verdict"].tolist() == ["confirmed", "not decided at this budget"]
+    assert found["claimed"].tolist() == ["-5 to +5", "> 0"]
 
 
 def test_two_judges_stand_side_by_side_and_where_they_decide_otherwise(place):

@@ -1,4 +1,4 @@
-"""What Figures 4 and 5 show of a model's codes, as numbers: digit and style of what it draws, and where its codes lie."""
+"""What Figures 4 and 5 show of a model's codes, as numbers: digit and style of what it draws, where its codes lie."""
 
 from __future__ import annotations
 

@@ -171,9 +171,16 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
         ]
         between = "" if len(seeds) < 2 else f" [{low:+.1f}, {high:+.1f}]"
         difference = _text(mean, "+.1f") + between
-        lines.append((claim.text, claim.where, *map(_text, numbers), difference, len(seeds), verdict))
-    columns = ["claim", "in", "here", "against", "difference [95 %]", "seeds", "verdict"]
+        lines.append((claim.text, claim.where, *map(_text, numbers), difference, _claimed(claim), len(seeds), verdict))
+    columns = ["claim", "in", "here", "against", "difference [95 %]", "claimed", "seeds", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index("claim")
+
+
+def _claimed(claim: Claim) -> str:
+    """Where the claim puts the difference."""
+    if claim.high == float("inf"):
+        return f"> {claim.low:g}"
+    return f"< {claim.high:g}" if claim.low == -float("inf") else f"{claim.low:+g} to {claim.high:+g}"
 
 
 def two_judges(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
