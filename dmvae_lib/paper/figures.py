@@ -213,7 +213,8 @@ def by_given(table: pd.DataFrame) -> Figure:
     numbers = [int(name.split()[0]) for name in measures]
     for i, (row, marker) in enumerate(zip(table.index.unique("row"), "osD^vXPph*" * 3)):
         part, colour = table.loc[row].reindex(measures), sns.color_palette("colorblind")[i % 10]
-        ax.plot(numbers, part["mean"], color=colour, marker=marker, label=row)
+        if part["mean"].notna().any():
+            ax.plot(numbers, part["mean"], color=colour, marker=marker, label=row)
         ax.fill_between(numbers, part["mean"] - part["sd"], part["mean"] + part["sd"], color=colour, alpha=0.15)
         if part["paper"].notna().any():
             ax.plot(
