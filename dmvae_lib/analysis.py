@@ -35,11 +35,11 @@ def distinct_codes(model: MultimodalVAE, name: str, n: int = 5, candidates: int 
 
 
 @torch.no_grad()
-def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor) -> dict[str, dict[str, Tensor]]:
-    """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the observations `rows`; "shared" also has "joint".
+def posterior_means(model: MultimodalVAE, data: PairedData, rows: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+    """{"private": {name: (R, p)}, "shared": {name: (R, s)}} of the observations `rows` (all); "shared" also has "joint".
     Where an item is missing, its codes are zero, the prior's mean."""
     device = next(model.parameters()).device
-    data = data.to(device)
+    data, rows = data.to(device), torch.arange(len(data)) if rows is None else rows
     parts: dict[str, dict[str, list[Tensor]]] = {"private": {}, "shared": {}}
     for chunk in rows.to(device).split(1_000):
         posterior = model.infer(data.batch(chunk), data.masks(chunk))

@@ -339,9 +339,10 @@ def _check_kinds(items: Mapping[str, Items]) -> None:
             raise DMVAEError(f"{found}; expected numbers (N, ...), one row for each item.") from error
         if values.ndim != 4 if dtype == torch.uint8 else not dtype.is_floating_point:
             raise DMVAEError(
-                f"{found}; expected floating point, or uint8 images (N, C, H, W), which are divided by 255. Pass "
-                "x[:, None] for grey images (N, H, W), x / 65535 for images of 16 bits, one_hot(x).float() "
-                "(torch.nn.functional) for classes, for all else x.float(), or x.astype('float32') of an array."
+                f"{found}; expected floating point, or uint8 images (N, C, H, W), which are divided by 255. Pass other "
+                "images of integers divided by the largest value there can be (x / 255, x / 65535), grey uint8 images "
+                "(N, H, W) as x[:, None], classes as one_hot(x).float() (torch.nn.functional), all else as x.float(), "
+                "or x.astype('float32') of an array."
             )
 
 

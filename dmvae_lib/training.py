@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOT_FINITE = (
-    "A checkpoint from before, if one was written, is kept; lower the learning rate, or look at the data, the "
-    "likelihood or objective, and the gradient of the step before."
+    "A checkpoint from before, if one was written, is kept; lower the learning rate, standardise the data, or look at "
+    "the likelihood or objective, and the gradient of the step before."
 )
 Objective = Callable[[nn.Module, Batch, Tensor | None, Mapping[str, Tensor] | None, float], Terms]
 

@@ -71,7 +71,7 @@ def test_posterior_means_of_what_is_missing_are_the_priors_and_the_joint_goes_wi
     dmvae, items = model(), {name: torch.rand(6, 4) for name in "ab"}
     there = torch.arange(6) > 2
     items["b"][~there] = float("nan")
-    found = posterior_means(dmvae, PairedData.aligned(items, observed={"b": there}), torch.arange(6))
+    found = posterior_means(dmvae, PairedData.aligned(items, observed={"b": there}))
     assert (found["shared"]["b"][~there] == 0).all() and (found["shared"]["b"][there] != 0).all()
     torch.testing.assert_close(found["shared"]["joint"][~there], found["shared"]["a"][~there])
 

@@ -200,6 +200,29 @@ def test_random_subsets_count_where_they_are_a_part_of_what_is_observed(noise):
     torch.testing.assert_close(model.loss(batch, observed).total, torch.stack(by_item).mean())
 
 
+@pytest.mark.parametrize("kind", [DMVAE, MVAE, MMVAE])
+def test_what_is_missing_is_drawn_from_what_is_there(kind):
+    """Each item's synthesis is that of a batch of it alone with its own modalities: masks select, values do not matter."""
+    model = model_of(kind, NAMES[:3], {name: networks(kind, name) for name in NAMES[:3]})
+    batch, observed = never_together(0, 1)
+    given, masks = {n: batch[n] for n in "ab"}, {n: observed[n] for n in "ab"}
+    drawn = model.cross_generate(given, "c", 4_000, generator=torch.Generator().manual_seed(0), observed=masks).mean(0)
+    for i in range(9):
+        own = {n: x[i : i + 1] for n, x in given.items() if masks[n][i]}
+        alone = model.cross_generate(own, "c", 4_000, generator=torch.Generator().manual_seed(1)).mean(0)
+        torch.testing.assert_close(drawn[i], alone[0], atol=0.1, rtol=0)
+
+
+def test_reconstructing_a_missing_item_fills_it_in_with_the_priors_private_code(noise):
+    model = model_of(DMVAE, NAMES[:2], {name: networks(DMVAE, name) for name in NAMES[:2]})
+    batch, observed = incomplete(2)
+    filled = model.reconstruct(batch, "b", observed=observed)
+    for i in (~observed["b"]).nonzero().flatten().tolist():
+        shared = model.infer({"a": batch["a"][i : i + 1]}).joint.rsample()
+        private = DiagonalGaussian.standard(1, model.private_dims["b"], like=shared).rsample()
+        torch.testing.assert_close(filled[i], model.mean("b", private, shared)[0])
+
+
 # --- log-likelihood -----------------------------------------------------------------------------------------
 
 

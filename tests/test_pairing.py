@@ -354,7 +354,7 @@ def test_changes_of_a_private_memory_map_survive(tmp_path):
     ("items", "message"),
     [
         ({"a": torch.rand(5, 1), "b": torch.rand(4, 1)}, "'a': 5, 'b': 4.* one observation"),
-        ({"a": torch.zeros(5, 3, 8, 8, dtype=torch.int32)}, r"torch.int32; .*x / 65535 .*one_hot.*x.float\(\)"),
+        ({"a": torch.zeros(5, 3, 8, 8, dtype=torch.int32)}, r"torch.int32; .*x / 65535.*one_hot.*x.float\(\)"),
         ({"a": np.zeros((5, 3), bool)}, r"of bool; expected floating point.*astype\('float32'\)"),
         ({"a": np.zeros((5, 8, 8), "uint8")}, r"expected .*\(N, C, H, W\).*x\[:, None\]"),
         ({"a": np.array(["x", "y"])}, "of <U1; expected numbers"),

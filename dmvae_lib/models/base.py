@@ -226,12 +226,19 @@ class MultimodalVAE(Saved):
         return DiagonalGaussian.standard(*shape, self.private_dims[name], like=self._like()).rsample(generator)
 
     def cross_generate(
-        self, batch: Batch, target: str, n: int = 1, private: Tensor | None = None, generator: Generator | None = None
+        self,
+        batch: Batch,
+        target: str,
+        n: int = 1,
+        private: Tensor | None = None,
+        generator: Generator | None = None,
+        observed: Observed | None = None,
     ) -> Tensor:
         """E[x_target] for z_s ~ q(z_s | observed) and z_p ~ p(z_p) (Sec. 4.3), (n, B, *x_target.shape[1:]).
-        private: (n, p) codes to use instead of samples, one for each of the n syntheses (Fig. 4's rows)."""
+        private: (n, p) codes to use instead of samples, one for each of the n syntheses (Fig. 4's rows); observed: as of
+        `infer`."""
         self._known(target)
-        shared = self.infer(batch).joint.rsample(generator, n)
+        shared = self.infer(batch, observed).joint.rsample(generator, n)
         if private is None:
             private = self.private_prior(target, *shared.shape[:-1], generator=generator)
         elif tuple(private.shape) != (expected := (n, self.private_dims[target])):
@@ -241,11 +248,17 @@ class MultimodalVAE(Saved):
         return self.mean(target, private, shared)
 
     def reconstruct(
-        self, batch: Batch, target: str, source: str = "joint", generator: Generator | None = None
+        self,
+        batch: Batch,
+        target: str,
+        source: str = "joint",
+        generator: Generator | None = None,
+        observed: Observed | None = None,
     ) -> Tensor:
         """E[x_target], (B, ...), with z_p ~ q(z_p | x_target) and z_s from `source` (Sec. 4.3).
-        source: "joint" for q(z_s | x), the target's name for self-reconstruction, another name for cross."""
-        posterior = self.infer(batch)
+        source: "joint" for q(z_s | x), the target's name for self-reconstruction, another name for cross; observed: as
+        of `infer`. What is missing of an item has the prior's code in its place: from "joint", it is filled in."""
+        posterior = self.infer(batch, observed)
         for name in {target, source} - {"joint", *posterior.private}:
             raise DMVAEError(f"{name!r} is not in the batch; it holds {', '.join(posterior.private)}.")
         shared = posterior.joint if source == "joint" else posterior.shared[source]
