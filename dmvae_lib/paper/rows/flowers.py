@@ -1,7 +1,10 @@
 """Table 2's rows on the flowers, and its DMVAE row without some of its parts: each a frozen `Row`.
 
-Learning rates, margins, temperatures and weights are what benchmarks/grid.py found best on the validation classes of
-Oxford-102 (results/subset/grid_table2.csv), for every row in the same way; every profile uses them.
+Learning rates, margins, temperatures and weights are the same in every profile. benchmarks/grid.py tries three of each for
+every row on the validation classes of Oxford-102; once its results/subset/grid_table2.csv is committed, tests/test_grid.py
+asks the rows for what it chose. Until then they have Adam's usual rate, the authors' margin or weight where one is published
+(Reed et al.'s margin, CMPM+CMPC's weight) and usual values elsewhere; DMVAE's weight of Eq. 4 was found on those validation
+classes, without a record.
 """
 
 from __future__ import annotations
