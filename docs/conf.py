@@ -65,6 +65,7 @@ mathjax_path = MATHJAX.name
 html_favicon = "static/favicon.svg"
 html_show_sourcelink = False
 html_copy_source = False
+html_show_copyright = False
 if ADDRESS:
     html_baseurl = "https://{}.github.io/{}/".format(*ADDRESS.split("/"))
     html_theme_options = {

@@ -56,7 +56,7 @@ def test_an_artefact_leads_to_its_runs_its_picture_and_an_entry_to_cite(place):
     page, own = index(place.results.parent), provenance(place.results)
     assert "one-more [0](quick/runs/one-more-0.json) [1](quick/runs/one-more-1.json)" in page
     assert (
-        '| <img src="quick/picture.png" width="160" alt="picture"> | **[picture](quick/README.md#picture)** P' in page
+        '| <img src="quick/picture.png" width="120" alt="picture"> | **[picture](quick/README.md#picture)** P' in page
     )
     assert "one-more [0](runs/one-more-0.json) [1](runs/one-more-1.json)" in own and "![picture](picture.png)" in own
     assert "@misc{dmvae_lib-quick-t," in own and r"title = {T at 5 \%, a\_b. Profile quick.}" in own

@@ -175,7 +175,7 @@ def index(results: Path) -> str:
 
 def _line(results: Path, profile: str, name: str, entry: Mapping) -> str:
     file, digest = next(iter(entry["files"].items()))
-    picture = f'<img src="{profile}/{file}" width="160" alt="{name}">' if file.endswith(".png") else f"`{file}`"
+    picture = f'<img src="{profile}/{file}" width="120" alt="{name}">' if file.endswith(".png") else f"`{file}`"
     short = re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|")
     changed = [f for f, expected in entry["files"].items() if not _is(results / profile / f, expected)]
     parts = [f"**[{name}]({profile}/README.md#{name})** {short}", f"`{digest[:12]}`", f"`{_key(profile, name)}`"]
