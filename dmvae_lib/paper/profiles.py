@@ -120,7 +120,7 @@ PAPER = Profile(
     matching=100.0,
     tuple_steps=70_200,  # 300 epochs of 60,000 tuples (Sutter et al. 2021)
     tuple_batch=256,
-    tuple_items=10_000,
+    tuple_items=2_000,
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
