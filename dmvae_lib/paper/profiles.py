@@ -101,7 +101,7 @@ SUBSET = Profile(
     retrieval_steps=900,  # two minutes on a core for each row; most rows' validation scores have levelled off
     retrieval_hidden=256,
     validate_every=1_200,
-    tuple_steps=4_000,
+    tuple_steps=6_000,
     tuple_batch=50,
     tuple_items=2_000,
     learning_curve=(1_000, 2_000, 4_000),
@@ -125,7 +125,7 @@ PAPER = Profile(
     retrieval_hidden=512,
     tuple_steps=70_200,  # 300 epochs of 60,000 tuples (Sutter et al. 2021)
     tuple_batch=256,
-    tuple_items=10_000,
+    tuple_items=2_000,
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
