@@ -83,12 +83,11 @@ def test_one_committed_seed_or_none_is_no_ground_for_a_verdict(committed):
     assert cells.loc[("Table 1", "Three", "Joint"), ["n", "agrees"]].tolist() == [0, "–"]
 
 
-def test_numbers_on_other_test_data_are_not_judged(committed):
-    for seed in range(3):
-        record(committed, ROWS["One"], seed, 0.44, fingerprint="4567")
-    record(committed, ROWS["Two"], 0, 0.9, fingerprint="4567")
+def test_numbers_of_another_kind_of_machine_are_judged_too(committed):
+    """Whose drawn images differ in rounding, and so in their fingerprint."""
+    record(committed, ROWS["One"], 0, 0.51, fingerprint="4567")
     cells, _ = reproduce.comparison(committed)
-    assert set(cells["agrees"]) == {"–"}
+    assert cells.loc[("Table 1", "One", "Joint"), "agrees"] == "yes"
 
 
 def test_a_one_seed_reproduction_leaves_the_other_seeds_in_the_table(committed):
@@ -153,7 +152,7 @@ from pathlib import Path
 from dmvae_lib.paper.runs import Run
 from dmvae_lib.paper.tables import Results, table
 
-place = toy.place_in(Path.cwd(), learning_curve=())
+place = toy.place_in(Path.cwd(), learning_curve=(), complete=())
 rows = {"DMVAE": toy.ROW}
 assert [Run(row, seed, place).entry["seed"] for row in rows.values() for seed in range(seeds)] == list(range(seeds))
 Results(place, "01_toy").table("table1", table(rows, place, {"DMVAE": {"joint": 44.7}}), "Table 1: of toys.")
@@ -161,7 +160,7 @@ Results(place, "01_toy").table("table1", table(rows, place, {"DMVAE": {"joint": 
 
 
 def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
-    place = toy.place_in(tmp_path, learning_curve=())
+    place = toy.place_in(tmp_path, learning_curve=(), complete=())
     cells = [nbformat.v4.new_code_cell('profile = ""\nseeds = 1', metadata={"tags": ["parameters"]})]
     notebook = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(NOTEBOOK)], metadata=PYTHON)
     (tmp_path / "notebooks").mkdir()

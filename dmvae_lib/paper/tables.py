@@ -57,11 +57,11 @@ def table(
     """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
 
     rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
-    the ledger's files in the table, "runs", the test data's fingerprints, "data", and what `check` needs, "measured". Raises DMVAEError for entries on
-    other test data than their neighbours', and as `ledger` does.
+    the ledger's files in the table, "runs", and what `check` needs, "measured". Entries of several kinds of machine
+    stand together, though what is drawn or computed as their data differs there in rounding, and its fingerprint with it.
+    Raises DMVAEError as `ledger` does.
     """
     entries = ledger(setting)
-    tested: dict[str, tuple[str, str]] = {}
     values: dict[str, list] = {title: [] for title in rows}
     measured: dict[str, dict] = {title: {} for title in rows}
     used: dict[str, None] = {}  # a set in order
@@ -75,18 +75,11 @@ def table(
                     file=sys.stderr,
                 )
                 continue
-            file, data = f"{name}-{seed}.json", entry["data"]["test"]
-            other, expected = tested.setdefault(row.data.name, (file, data))
-            if data != expected:
-                raise DMVAEError(
-                    f"{setting.results / 'runs'}: {other} was scored on the test data {expected} and {file} on {data}; "
-                    f"one table needs one. `make reproduce` with SEEDS={seed + 1} or more makes them anew on this data."
-                )
             values[title].append(entry["scores"])
             measured[title][seed] = _measured(entry)
-            used[file] = None
+            used[f"{name}-{seed}.json"] = None
     made = compare(values, paper or {})
-    made.attrs |= {"measured": measured, "runs": list(used), "data": {name: data for name, (_, data) in tested.items()}}
+    made.attrs |= {"measured": measured, "runs": list(used)}
     return made
 
 
