@@ -173,11 +173,6 @@ class MultimodalVAE(Saved):
         """The shared posterior given one modality alone, from its expert."""
         return expert
 
-    def encode(self, name: str, x: Tensor) -> tuple[Any, Any]:
-        """(q(z_p | x), the shared expert q(z_s | x)) of one modality; x (B, ...) as in the data."""
-        self._known(name)
-        return self.posteriors(name, self._encoded(name, x)[1])
-
     def _encoded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """(what stands for x: features(x), or x itself for a modality without features; the encoder's statistics)."""
         p, s = self.private_dims[name], self.shared_dim
@@ -318,9 +313,8 @@ class MultimodalVAE(Saved):
             log_w = prior.log_prob(shared) - posterior.joint.log_prob(shared)
             for name, q in posterior.private.items():
                 private = q.rsample(generator, k)
-                present = posterior.present(name)
-                ratio = DiagonalGaussian.standard(*q.mean.shape, like=q.mean).log_prob(private) - q.log_prob(private)
-                log_w = log_w + (ratio if present is None else ratio * present)
+                standard = DiagonalGaussian.standard(*q.mean.shape, like=q.mean)  # where the item is missing, q itself
+                log_w = log_w + standard.log_prob(private) - q.log_prob(private)
                 log_w = log_w + self.reconstruction(name, posterior, private, shared)
             found.append(log_w)
         return torch.cat(found).logsumexp(0) - math.log(samples)
