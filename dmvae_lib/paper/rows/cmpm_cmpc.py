@@ -24,8 +24,9 @@ class CMPMCMPC(LSTMEmbedding):
     projection on its caption, and the caption's on its image, must name the class.
 
     Both embeddings are batch-normalised, as in the authors' release (github.com/YingZhangDUT/
-    Cross-Modal-Projection-Learning: its last layers stand in the image network's argument scope, with the network's
-    batch normalisation). Without it some seeds fail: DECIDE
+    Cross-Modal-Projection-Learning: its joint layers take MobileNet's argument scope, batch normalisation included).
+    It gives the embeddings their length, which is the only temperature of these softmaxes: without it, on a part of
+    Oxford-102, images came out five times as long as captions after 50 updates.
 
     classes: the labels that occur in training. Zhang & Lu train the image network too; here its feature is fixed.
     """
