@@ -208,7 +208,7 @@ def test_the_papers_own_numbers_fulfil_the_papers_claims():
     assert told == 6 + 9 + 13
 
 
-def test_the_ledger_of_every_profile_measures_what_the_claims_need():
+def test_the_committed_ledger_measures_what_the_claims_need():
     for name, of_table in (("table1", TABLE1), ("table2", TABLE2), ("table3", TABLE3)):
         entries = {title: Run(row, 0, setting("quick")).recorded() for title, row in of_table.items()}
         for claim in published.CLAIMS[name]:
