@@ -242,9 +242,8 @@ def test_an_executed_notebook_has_its_outputs_and_nothing_of_when_and_where(plac
     found = place.results / "notebooks" / link.split("(")[1].rstrip(")")
     assert found.resolve() == (tmp_path / "docs" / "figures" / "model.svg").resolve(), "links follow the notebook"
     text = json.dumps(made)
-    assert reproduce.relinked(
-        link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a"
-    ).endswith("(../docs/figures/model.svg)")
+    back = reproduce.relinked(link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a.ipynb")
+    assert back == "![a picture](../docs/figures/model.svg)"
     assert "papermill" not in text and '"execution"' not in text and str(tmp_path) not in text
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,8 @@ def load_flowers(
             index={"image": pairs // CAPTIONS, "text": pairs},
             item_labels={"image": labels, "text": labels.repeat_interleave(CAPTIONS)},
         )
-    facts = {"title": TITLES[source], "backbone": backbone, "text_model": text_model, "names": flowers.names}
+    facts: dict[str, Any] = {"title": TITLES[source], "backbone": backbone, "text_model": text_model}
+    facts["names"] = flowers.names
     facts |= {"classes": flowers.classes, "captions": captions, "pictures": pictures, "scale": scale}
     titles = {"image": TITLES[source], "text": f"captions of {TITLES[source]}"}
     return Splits(data["train"], data["test"], titles, source, facts)
