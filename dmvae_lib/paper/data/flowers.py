@@ -113,6 +113,27 @@ def load_flowers(
     return Splits(data["train"], data["test"], titles, source, facts)
 
 
+# The paper gives no weights for flowers; these were chosen on validation classes, of the drawn flowers for "embedded", of
+# Oxford-102 for the other two.
+FLOWERS = DataSet(
+    name="flowers",
+    modalities=("image", "text"),
+    load=load_flowers,
+    weights={source: {"image": 0.1, "text": 0.1} for source in NETWORKS},
+)
+
+
+def picture(splits: Splits, i: int, part: str = "test") -> np.ndarray:
+    """Image i of "test" or "train" for display, (H, W, 3) uint8. Raises DMVAEError for a file that cannot be decoded."""
+    found = splits.facts["pictures"][part][i]
+    return found.permute(1, 2, 0).numpy() if isinstance(found, Tensor) else np.asarray(decode_image(found))
+
+
+def query_tokens(caption: str, splits: Splits) -> Tensor:
+    """(1, 30, D) token embeddings of a caption of one's own, by the data's text model."""
+    return token_embeddings([caption], splits.facts["text_model"])[0]
+
+
 def unseen_flowers(
     source: str,
     scale: float,
@@ -137,27 +158,6 @@ def unseen_flowers(
     test = PairedData.aligned({"image": features / scale}, flowers.labels[rows])
     facts = {"backbone": backbone, "text_model": text_model, "names": flowers.names, "pictures": {"test": pictures}}
     return Splits(test, test, {"image": TITLES[source]}, source, facts)
-
-
-# The paper gives no weights for flowers; these were chosen on validation classes, of the drawn flowers for "embedded", of
-# Oxford-102 for the other two.
-FLOWERS = DataSet(
-    name="flowers",
-    modalities=("image", "text"),
-    load=load_flowers,
-    weights={source: {"image": 0.1, "text": 0.1} for source in NETWORKS},
-)
-
-
-def picture(splits: Splits, i: int, part: str = "test") -> np.ndarray:
-    """Image i of "test" or "train" for display, (H, W, 3) uint8. Raises DMVAEError for a file that cannot be decoded."""
-    found = splits.facts["pictures"][part][i]
-    return found.permute(1, 2, 0).numpy() if isinstance(found, Tensor) else np.asarray(decode_image(found))
-
-
-def query_tokens(caption: str, splits: Splits) -> Tensor:
-    """(1, 30, D) token embeddings of a caption of one's own, by the data's text model."""
-    return token_embeddings([caption], splits.facts["text_model"])[0]
 
 
 def embedded_flowers(seed: int = 0) -> Flowers:
