@@ -1,7 +1,6 @@
 """Notebook 12 in a browser: it opens on published weights without training, and what is moved and typed is answered."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -38,12 +37,12 @@ def project(tmp_path_factory):
     (root / "notebooks").mkdir()
     nbformat.write(notebook, root / "notebooks" / "12_explorer.ipynb")
     (root / "Makefile").touch()
-    if (kept := ROOT / "runs" / "features").is_dir():
-        shutil.copytree(kept, root / "runs" / "features")
     for name, row, shapes in zip(("dmvae-mnist-svhn", "dmvae-flowers"), (DMVAE_ROW, FLOWER_DMVAE), SHAPES):
         pairs = PairedData.aligned({n: torch.zeros(40, *shape) for n, shape in shapes.items()}, torch.arange(40))
         torch.manual_seed(0)
-        row.model(Splits(pairs, pairs, {}, "embedded"), SMOKE).save(root / "results" / "smoke" / "models" / name)
+        row.model(Splits(pairs, pairs, {}, "embedded", {"scale": 1.0}), SMOKE).save(
+            root / "results" / "smoke" / "models" / name
+        )
     return root
 
 

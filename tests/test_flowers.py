@@ -32,6 +32,7 @@ from dmvae_lib.paper.data.flowers import (
     load_oxford,
     picture,
     query_tokens,
+    unseen_flowers,
 )
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -159,6 +160,10 @@ def test_embedded_needs_no_files(tmp_path, monkeypatch):
     assert members == [set(splits.facts["classes"][name]) for name in ("train", "validation", "test")]
     assert picture(splits, 0).shape == (64, 64, 3) and picture(splits, 0).dtype == np.uint8
     assert splits.facts["names"][0].split()[3] in " ".join(splits.facts["captions"]["train"][:3])
+    alone = unseen_flowers("embedded", splits.facts["scale"], tmp_path / "nowhere")
+    assert torch.equal(alone.test.items["image"], splits.test.items["image"])
+    assert torch.equal(alone.test.labels, splits.test.item_labels["image"])
+    assert (picture(alone, 5) == picture(splits, 5)).all()
     assert not (tmp_path / "nowhere").exists()
     again = load_flowers("embedded", tmp_path / "nowhere", cache=tmp_path / "cache")
     assert again.train.fingerprint == splits.train.fingerprint == held.train.fingerprint

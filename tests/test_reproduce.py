@@ -229,6 +229,7 @@ def test_an_executed_notebook_has_its_outputs_and_nothing_of_when_and_where(plac
     monkeypatch.setattr(reproduce, "write_pages", lambda results: None)
     cells = [
         nbformat.v4.new_code_cell("profile = 'quick'\nseeds = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_markdown_cell("![a picture](../docs/figures/model.svg)"),
         nbformat.v4.new_code_cell("import sys\nprint(profile, seeds)\nprint('slow', file=sys.stderr)\nprint('end')"),
     ]
     (tmp_path / "notebooks").mkdir()
@@ -238,7 +239,12 @@ def test_an_executed_notebook_has_its_outputs_and_nothing_of_when_and_where(plac
     made = nbformat.read(place.results / "notebooks" / "01_one.ipynb", as_version=4)
     (output,) = made.cells[-1].outputs
     assert output.text == "quick 2\nend\n"
+    (link,) = [cell.source for cell in made.cells if cell.cell_type == "markdown"]
+    found = place.results / "notebooks" / link.split("(")[1].rstrip(")")
+    assert found.resolve() == (tmp_path / "docs" / "figures" / "model.svg").resolve(), "links follow the notebook"
     text = json.dumps(made)
+    back = reproduce.relinked(link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a.ipynb")
+    assert back == "![a picture](../docs/figures/model.svg)"
     assert "papermill" not in text and '"execution"' not in text and str(tmp_path) not in text
 
 

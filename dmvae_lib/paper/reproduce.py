@@ -109,6 +109,13 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
                 part.outputs = [output for output in shown if widget not in output.get("data", {})]
         CoalesceStreamsPreprocessor().preprocess(notebook, {})  # where a stream was flushed depends on the clock
         nbformat.write(notebook, temporary)
+        temporary.write_text(relinked(temporary.read_text("utf-8"), source, target), "utf-8")
+
+
+def relinked(text: str, source: Path, target: Path) -> str:
+    """A notebook's JSON at `target`, where it was at `source`: Markdown links to the project's other files follow."""
+    before, after = (os.path.relpath(project_folder(), path.parent) for path in (source, target))
+    return text.replace(f"]({before}/", f"]({after}/")
 
 
 def prepare(folder: Path) -> None:
@@ -204,8 +211,9 @@ def main() -> None:
         elif options.in_place:
             reproduce(place := setting())
             for source in notebooks():
+                executed = place.results / "notebooks" / source.name
                 with atomic_write(source) as temporary:
-                    shutil.copyfile(place.results / "notebooks" / source.name, temporary)
+                    temporary.write_text(relinked(executed.read_text("utf-8"), executed, source), "utf-8")
         else:
             place = setting(options.profile, options.seeds, options.device, options.data)
             reproduce(place, None if options.scheduler == "none" else options.scheduler)

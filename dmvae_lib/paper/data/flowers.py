@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def load_flowers(
     (10n, 30, d) float16 token embeddings, zero after the last token; caption j belongs to image j // 10, pair j is that
     caption with its image. facts: "title", "backbone" and "text_model"; "names", {class: what it is called}; "classes",
     {split: its classes}; "captions", {"train": 10n texts, "test": ...}; "pictures", paths or (n, 3, H, W) uint8 by the
-    same names (`picture`).
+    same names (`picture`); "scale", what the images' features were divided by.
 
     Raises DMVAEError for an unknown source or evaluation, and for images, captions, class lists or weights that are
     missing, damaged, changed, or do not fit together.
@@ -105,8 +106,9 @@ def load_flowers(
             index={"image": pairs // CAPTIONS, "text": pairs},
             item_labels={"image": labels, "text": labels.repeat_interleave(CAPTIONS)},
         )
-    facts = {"title": TITLES[source], "backbone": backbone, "text_model": text_model, "names": flowers.names}
-    facts |= {"classes": flowers.classes, "captions": captions, "pictures": pictures}
+    facts: dict[str, Any] = {"title": TITLES[source], "backbone": backbone, "text_model": text_model}
+    facts["names"] = flowers.names
+    facts |= {"classes": flowers.classes, "captions": captions, "pictures": pictures, "scale": scale}
     titles = {"image": TITLES[source], "text": f"captions of {TITLES[source]}"}
     return Splits(data["train"], data["test"], titles, source, facts)
 
@@ -130,6 +132,32 @@ def picture(splits: Splits, i: int, part: str = "test") -> np.ndarray:
 def query_tokens(caption: str, splits: Splits) -> Tensor:
     """(1, 30, D) token embeddings of a caption of one's own, by the data's text model."""
     return token_embeddings([caption], splits.facts["text_model"])[0]
+
+
+def unseen_flowers(
+    source: str,
+    scale: float,
+    root: str | os.PathLike = "data",
+    cache: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+) -> Splits:
+    """The images of the test classes alone, for captions of one's own: no other image is read, no caption embedded.
+
+    scale: what the features were divided by in training, `about["facts"]["scale"]` of a model that a row made. `test`,
+    and `train` the same, has "image" with its classes as labels; facts: "backbone", "text_model", "names", "pictures"
+    of "test". The rest, and the errors, as of `load_flowers`.
+    """
+    if source not in NETWORKS:
+        raise DMVAEError(f"unseen_flowers: unknown source {source!r}; expected one of {', '.join(NETWORKS)}.")
+    flowers = embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
+    (backbone, text_model), rows = NETWORKS[source], flowers.rows("test")
+    images = flowers.images
+    pictures = images[rows] if isinstance(images, Tensor) else [images[row] for row in rows.tolist()]
+    weights = Path(root, SQUEEZENET) if source == "subset" else None
+    features = image_features(pictures, backbone, weights, cache, resolve_device(device))
+    test = PairedData.aligned({"image": features / scale}, flowers.labels[rows])
+    facts = {"backbone": backbone, "text_model": text_model, "names": flowers.names, "pictures": {"test": pictures}}
+    return Splits(test, test, {"image": TITLES[source]}, source, facts)
 
 
 def embedded_flowers(seed: int = 0) -> Flowers:

@@ -95,6 +95,8 @@ class Row:
         labels = splits.train.labels
         classes = [] if labels is None else labels.unique().tolist()
         about = {"row": self.name, "arguments": arguments, "shapes": shapes, "classes": classes}
+        # What prepares data of one's own for the model: the flowers' feature networks and their scale.
+        about["facts"] = {name: value for name, value in splits.facts.items() if isinstance(value, (str, float))}
         model.about = json.loads(json.dumps(about))
         return model
 
