@@ -64,21 +64,24 @@ def _framed(images: Tensor, side: int) -> Tensor:
     return padded.expand(-1, -1, 3, -1, -1)
 
 
-def write(app: Any) -> None:
-    """play.webp and play.js for the site, where there are weights."""
-    if app.builder.format != "html" or not WEIGHTS.is_dir():
-        return
-    static = Path(app.outdir, "_static")
+def write(static: Path, model: MultimodalVAE, splits: Splits) -> None:
+    """play.webp and play.js, for docs/play.md's HTML, into a folder."""
     static.mkdir(parents=True, exist_ok=True)
-    picture, facts = rendered(pretrained(WEIGHTS), setting("quick").splits(MNIST_SVHN))
+    picture, facts = rendered(model, splits)
     picture.save(static / "play.webp", quality=92, method=6)
-    (static / "play.js").write_text(f"const PLAY = {json.dumps(facts)};\n{(HERE / 'play.js').read_text()}")
+    script = (HERE / "play.js").read_text("utf-8")
+    (static / "play.js").write_text(f"const PLAY = {json.dumps(facts)};\n{script}", "utf-8")
 
 
 def setup(app: Any) -> dict[str, bool]:
-    app.connect("builder-inited", write)
+    app.connect("builder-inited", _with_weights)
     app.connect("source-read", _without_weights)
     return {"parallel_read_safe": True}
+
+
+def _with_weights(app: Any) -> None:
+    if app.builder.format == "html" and WEIGHTS.is_dir():
+        write(Path(app.outdir, "_static"), pretrained(WEIGHTS), setting("quick").splits(MNIST_SVHN))
 
 
 def _without_weights(app: Any, page: str, source: list[str]) -> None:

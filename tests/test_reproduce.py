@@ -194,7 +194,7 @@ def test_a_reproduction_ends_with_the_pages_and_the_comparison_and_trains_nothin
         path.name for path in place.results.glob("runs/*-0.json")
     }
     assert "3 of 3 cells agree" in capsys.readouterr().out
-    assert "Profile toys, 3 seeds, percent" in (tmp_path / "README.md").read_text()  # not one seed's table
+    assert "Profile toys, 3 seeds, percent" in (place.results.parent / "README.md").read_text()  # not one seed's table
     assert "toy-dmvae [0](toys/runs/toy-dmvae-0.json) [1]" in (place.results.parent / "README.md").read_text()
 
     monkeypatch.setattr("dmvae_lib.paper.runs.train", lambda *_, **__: pytest.fail("trained again"))
@@ -243,9 +243,8 @@ def test_an_executed_notebook_has_its_outputs_and_nothing_of_when_and_where(plac
     found = place.results / "notebooks" / link.split("(")[1].rstrip(")")
     assert found.resolve() == (tmp_path / "docs" / "figures" / "model.svg").resolve(), "links follow the notebook"
     text = json.dumps(made)
-    assert reproduce.relinked(
-        link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a"
-    ).endswith("(../docs/figures/model.svg)")
+    back = reproduce.relinked(link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a.ipynb")
+    assert back == "![a picture](../docs/figures/model.svg)"
     assert "papermill" not in text and '"execution"' not in text and str(tmp_path) not in text
 
 

@@ -106,15 +106,31 @@ def load_flowers(
             index={"image": pairs // CAPTIONS, "text": pairs},
             item_labels={"image": labels, "text": labels.repeat_interleave(CAPTIONS)},
         )
-    facts: dict[str, Any] = {
-        "title": TITLES[source],
-        "backbone": backbone,
-        "text_model": text_model,
-        "names": flowers.names,
-    }
+    facts: dict[str, Any] = {"title": TITLES[source], "backbone": backbone, "text_model": text_model}
+    facts["names"] = flowers.names
     facts |= {"classes": flowers.classes, "captions": captions, "pictures": pictures, "scale": scale}
     titles = {"image": TITLES[source], "text": f"captions of {TITLES[source]}"}
     return Splits(data["train"], data["test"], titles, source, facts)
+
+
+# The paper gives no weights for flowers: one for both, against which the rows' weight of Eq. 4 is chosen (rows/flowers.py).
+FLOWERS = DataSet(
+    name="flowers",
+    modalities=("image", "text"),
+    load=load_flowers,
+    weights={source: {"image": 0.1, "text": 0.1} for source in NETWORKS},
+)
+
+
+def picture(splits: Splits, i: int, part: str = "test") -> np.ndarray:
+    """Image i of "test" or "train" for display, (H, W, 3) uint8. Raises DMVAEError for a file that cannot be decoded."""
+    found = splits.facts["pictures"][part][i]
+    return found.permute(1, 2, 0).numpy() if isinstance(found, Tensor) else np.asarray(decode_image(found))
+
+
+def query_tokens(caption: str, splits: Splits) -> Tensor:
+    """(1, 30, D) token embeddings of a caption of one's own, by the data's text model."""
+    return token_embeddings([caption], splits.facts["text_model"])[0]
 
 
 def unseen_flowers(
@@ -141,26 +157,6 @@ def unseen_flowers(
     test = PairedData.aligned({"image": features / scale}, flowers.labels[rows])
     facts = {"backbone": backbone, "text_model": text_model, "names": flowers.names, "pictures": {"test": pictures}}
     return Splits(test, test, {"image": TITLES[source]}, source, facts)
-
-
-# The paper gives no weights for flowers: one for both, against which the rows' weight of Eq. 4 is chosen (rows/flowers.py).
-FLOWERS = DataSet(
-    name="flowers",
-    modalities=("image", "text"),
-    load=load_flowers,
-    weights={source: {"image": 0.1, "text": 0.1} for source in NETWORKS},
-)
-
-
-def picture(splits: Splits, i: int, part: str = "test") -> np.ndarray:
-    """Image i of "test" or "train" for display, (H, W, 3) uint8. Raises DMVAEError for a file that cannot be decoded."""
-    found = splits.facts["pictures"][part][i]
-    return found.permute(1, 2, 0).numpy() if isinstance(found, Tensor) else np.asarray(decode_image(found))
-
-
-def query_tokens(caption: str, splits: Splits) -> Tensor:
-    """(1, 30, D) token embeddings of a caption of one's own, by the data's text model."""
-    return token_embeddings([caption], splits.facts["text_model"])[0]
 
 
 def embedded_flowers(seed: int = 0) -> Flowers:
