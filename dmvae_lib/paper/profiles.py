@@ -71,7 +71,7 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     complete=(0.05,),
     tuple_steps=150,
     tuple_batch=20,
-    tuple_items=200,
+    tuple_items=100,
 )
 SMOKE = replace(
     QUICK,
