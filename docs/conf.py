@@ -42,6 +42,7 @@ project = "dmvae_lib"
 author = "The dmvae_lib authors"
 root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "notebooks/[0-9]*.ipynb"]
+include_patterns += ["results/*/models/*/README.md", "results/quick/benchmark.md", "results/quick/runs_per_hour.md"]
 include_patterns += ["results/README.md", "results/*/README.md", "results/*/notebooks/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs", "data"]  # not even looked into
 suppress_warnings = ["toc.not_included"]  # those of a profile are reached from results/
@@ -95,6 +96,7 @@ benchmarks/README
 :hidden:
 :caption: Using it
 docs/running
+docs/speed
 docs/trust
 CONTRIBUTING
 CHANGELOG

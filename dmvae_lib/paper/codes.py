@@ -65,7 +65,7 @@ def codes(model: MultimodalVAE, splits: Splits, judges: Mapping[str, nn.Module])
     "identity a->b": how often a judge sees a's class in the items of b that Fig. 4 draws from a; "style a->b": how
         often the private code inferred from such an item is nearest to its own row's, of the five.
     "alignment": `neighbour_agreement` of the shared codes, "mixing": `mixing` (Fig. 5).
-    "private a", "shared a", "shared joint": `linear_probe`s for the class.
+    "private a", "shared a", "shared joint": a `linear_probe` each for the class.
     Raises DMVAEError for data without classes.
     """
     device, train_labels, test_labels = next(model.parameters()).device, splits.train.labels, splits.test.labels
