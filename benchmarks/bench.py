@@ -193,11 +193,12 @@ def contestants(device: torch.device) -> dict[str, Callable[..., Work]]:
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP per second of a matrix product, the best of several; float32 on a GPU is TF32, as torch's convolutions are."""
+    """FLOP per second of a matrix product, the best of several; float32 on a GPU is TF32, unless exact."""
     n = 8_192 if device.type == "cuda" else 1_536
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision.removesuffix("-exact")))
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "float32-exact" else "high")
     try:
         return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
     finally:
@@ -249,7 +250,8 @@ def measure(
     The limits are in `attrs`. Contestants take turns, so that what else the machine does meets all of them.
     """
     batch_size, data = profile.batch_size, splits.train
-    precisions = {name: "bfloat16" if "bfloat16" in name else "float32" for name in who}
+    kinds = {"bfloat16": "bfloat16", "exact": "float32-exact"}
+    precisions = {name: next((kind for word, kind in kinds.items() if word in name), "float32") for name in who}
     rates, spent = [], []
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # trainers print and draw bars
         made = {name: make(fresh(profile, splits), data, batch_size, device, steps) for name, make in who.items()}
@@ -385,7 +387,7 @@ def main() -> None:
     print(f"{caption}\n{table.round(2).to_string()}")
     if ways:
         words = f"Runs of DMVAE in an hour on {where(device)}, evaluation aside: how tables are filled fastest."
-        print(f"{words}\n{results.frame('runs_per_hour', pd.DataFrame(ways).T.round(1), words).to_string()}")
+        print(f"{words}\n{results.frame('runs_per_hour', pd.DataFrame(ways).T.round(2), words).to_string()}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dmvae_lib.paper.rows.digits import TABLE1, TABLE3
 from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results
 from dmvae_lib.paper.workers import train_all
-from dmvae_lib.training import resolve_device
+from dmvae_lib.training import resolve_device, resolve_precision
 
 ROWS = (*TABLE1.values(), TABLE3["no private spaces"])
 UPDATES = 2_400  # of every row, at most
@@ -56,6 +56,10 @@ def main() -> None:
                 f"--seeds {options.seeds}; expected at least 2, whose spread is what differences are held against."
             )
         place = setting(**vars(options), evaluation="validation")
+        if resolve_precision("auto", resolve_device(options.device)) != "bfloat16":
+            raise DMVAEError(
+                "this device multiplies bfloat16 no faster than float32; take one that does, as docs/speed.md says."
+            )
         found = {}
         for precision, there in places(place).items():
             runs = [Run(row, seed, there) for row in ROWS for seed in range(place.seeds)]

@@ -52,7 +52,7 @@ def test_the_seeds_are_trained_side_by_side_leave_entries_and_are_not_trained_tw
     assert entries.keys() == {"dmvae-long-0.json", "dmvae-long-1.json"}
     for entry in entries.values():
         assert entry["config"]["schedule"]["steps"] == 3 and entry["config"]["schedule"]["batch_size"] == 100
-    assert "DMVAE, 3 updates of 100, 2 seeds" in printed and (tmp_path / "table.txt").read_text() in printed
+    assert "DMVAE, 3 updates of 100, 2 seeds" in printed and (tmp_path / "train.txt").read_text() in printed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/model.safetensors")}
     assert gpu.train_seeds(gpu.parser().parse_args(command[2:]), _place(tmp_path), 0.0)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/model.safetensors")}

@@ -205,7 +205,7 @@ def main() -> None:
     who = "who trains: Dask's workers at tcp://host:8786, local:4 processes here, none: this process; auto"
     parser.add_argument("--scheduler", default="auto", help=who)
     names = "train these rows (none: all of them) and stop there: no notebooks, no comparison"
-    parser.add_argument("--train", nargs="*", metavar="ROW", choices=ROWS, help=names)
+    parser.add_argument("--train", nargs="*", metavar="ROW", help=names)
     parser.add_argument("--in-place", action="store_true", help="profile quick; executed notebooks go into notebooks/")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="copies for nbval, profile smoke")
     options = parser.parse_args()
@@ -226,6 +226,9 @@ def main() -> None:
                 reproduce(place, scheduler)
             else:
                 runs = runs_of(place)
+                if unknown := set(options.train) - {run.row.name for run in runs}:
+                    known = ", ".join(dict.fromkeys(run.row.name for run in runs))
+                    raise DMVAEError(f"--train: no rows {', '.join(sorted(unknown))}; this profile has {known}.")
                 train_all([run for run in runs if not options.train or run.row.name in options.train], scheduler)
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")

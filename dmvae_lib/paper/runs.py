@@ -170,7 +170,8 @@ class Run:
         one, which has its weights in half precision; nothing is trained for it.
         """
         device, here_already = resolve_device(self.setting.device), (self.folder / ENTRY).exists()
-        for path in [] if here_already else (self.setting.results / "models").glob("*/config.json"):
+        elsewhere = here_already or self.setting.evaluation != "test"
+        for path in [] if elsewhere else (self.setting.results / "models").glob("*/config.json"):
             if read_config(path.parent).get("about", {}).get("run") == self.config:
                 return load_weights(self._new_model(), path.parent).to(device)
         here = self.train().__dict__

@@ -110,11 +110,12 @@ def _card(name: str, run: Run, scores: dict[str, float], every: pd.DataFrame, fo
         lines.append(f"| {MEASURES.get(measure, measure)} | {100 * share:.1f} | {spread} | {cell['paper']:g} |")
     bad_for, terms = TERMS.get(run.row.data.name, ("Anything untried.", "Those of its data."))
     right = [f"{of}: {judge['accuracy']:.1%}" for of, judge in entry.get("judges", {}).items()]
+    made, seeds = entry["made"], int(every["seeds"].max())
     return CARD.format(
         name=name, title=run.row.title, row=run.row.name, profile=entry["profile"], seed=run.seed,
-        seeds=f"{int(every['seeds'].max())} seeds", megabytes=(folder / WEIGHTS).stat().st_size / 1e6,
+        seeds=f"{seeds} seed{'s' * (seeds > 1)}", megabytes=(folder / WEIGHTS).stat().st_size / 1e6,
         data="; ".join(run.setting.splits(run.row.data).titles.values()), fingerprint=f"`{entry['data']['test']}`",
-        precision=entry["made"]["precision"], device=entry["made"]["cpu"], seconds=entry["seconds"],
+        precision=made["precision"], device=made["cpu" if made["device"] == "cpu" else "device"], seconds=entry["seconds"],
         scores="\n".join(lines), bad_for=bad_for, terms=terms,
         judges=f"The judges are right on real test images: {', '.join(right)}.\n\n" if right else "",
         **{part: plan[part] for part in ("steps", "batch_size", "learning_rate")},

@@ -166,7 +166,8 @@ def load(
     parts = (
         {"test": tuples("test", everything)} if evaluation == "test" else {"test": tuples("train", slice(kept, None))}
     )
-    parts["train"] = tuples("train", everything if evaluation == "test" else slice(kept))
+    # Of "subset" the validation tenth is left out of training either way: every run has a curve of its scores.
+    parts["train"] = tuples("train", slice(kept) if evaluation == "validation" or source == "subset" else everything)
     what = "scikit-learn digits" if source == "embedded" else "MNIST"
     return Splits(parts["train"], parts["test"], {name: f"{what} on {name}" for name in MODALITIES}, source)
 

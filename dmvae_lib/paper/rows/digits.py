@@ -149,7 +149,7 @@ def of_particles(profile: Profile, particles: int) -> Schedule:
 
 def judging(profile: Profile) -> Schedule:
     """The evaluation classifiers' (MMVAE's protocol)."""
-    return Schedule(profile.classifier_steps, 128, precision=profile.precision)
+    return Schedule(profile.classifier_steps, 128)  # in float32: what judges is the same in every precision
 
 
 # --- the classifiers that judge, and Sec. 5.1's evaluation ------------------------------------------------------------
