@@ -280,7 +280,7 @@ results.frame("curve", run.history, "A curve: under stress.", [run])
 def small_project(folder: Path) -> Path:
     (folder / "notebooks").mkdir(parents=True)
     (folder / "Makefile").touch()
-    (folder / "README.md").write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    (folder / "README.md").write_text(f"{pages.BEGIN}\n{pages.END}\n")
     parameters = nbformat.v4.new_code_cell('profile = "quick"', metadata={"tags": ["parameters"]})
     cells = [parameters, nbformat.v4.new_code_cell(NOTEBOOK)]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
@@ -430,7 +430,7 @@ def corrupted_results(folder: Path, chance: random.Random) -> Tries:
 
     def load() -> tuple:
         page = pages.index(place.results.parent)
-        if changed := [line for line in page.splitlines() if "**changed since**" in line]:
+        if changed := [line for line in page.splitlines() if "**changed since" in line]:
             raise DMVAEError("\n".join(changed))
         return page, pages.readme_results(place.results.parent, {name: (name, None) for name in ("table0", "table1")})
 

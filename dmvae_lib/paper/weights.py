@@ -39,12 +39,13 @@ TERMS = {  # of what each data set's model learnt from: what it is not good for,
         "MNIST (LeCun et al. 1998): CC BY-SA 3.0, as commonly stated. SVHN (Netzer et al. 2011): non-commercial use.",
     ),
     "flowers": (
-        "For naming flowers in earnest: it compares features of whole pictures with captions by lay people. It draws "
+        "For naming flowers in earnest: it compares features of whole pictures with captions. It draws "
         "features, not pictures, and takes them from the feature networks named in `config.json` of the project only.",
         "Oxford-102 (Nilsback & Zisserman 2008), captions (Reed et al. 2016): research use. The feature networks were "
         "trained on ImageNet and on text of the web.",
     ),
 }
+EMBEDDED = "Drawn images and captions: MIT. scikit-learn's digits (Alpaydin & Kaynak 1998, UCI): CC BY 4.0."
 CARD = """---
 library_name: dmvae_lib
 tags: [multimodal, vae, dmvae]
@@ -109,6 +110,7 @@ def _card(name: str, run: Run, scores: dict[str, float], every: pd.DataFrame, fo
         spread = f"{cell['mean']:.1f} ± {cell['sd']:.1f}" if cell["seeds"] > 1 else f"{cell['mean']:.1f}"
         lines.append(f"| {MEASURES.get(measure, measure)} | {100 * share:.1f} | {spread} | {cell['paper']:g} |")
     bad_for, terms = TERMS.get(run.row.data.name, ("Anything untried.", "Those of its data."))
+    terms = EMBEDDED if entry["config"]["source"] == "embedded" else terms
     right = [f"{of}: {judge['accuracy']:.1%}" for of, judge in entry.get("judges", {}).items()]
     made, seeds = entry["made"], int(every["seeds"].max())
     return CARD.format(

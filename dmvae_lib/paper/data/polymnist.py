@@ -194,7 +194,10 @@ def _kept(folder: Path, folds: dict[str, tuple[Labelled, list[int]]]) -> dict[st
             write_json(note, {path.name: sha256(path) for of in paths.values() for path in of.values()})
     for name, digest in read_json(note, repair).items():
         verify(folder / name, digest, repair)
-    return {part: {name: np.load(path, mmap_mode="r") for name, path in of.items()} for part, of in paths.items()}
+    return {
+        part: {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in of.items()}
+        for part, of in paths.items()
+    }
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
