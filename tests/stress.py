@@ -90,7 +90,7 @@ def finished(folder: Path) -> dict[str, object]:
     return {
         str(path.relative_to(folder)): json.loads(path.read_bytes(), object_hook=lasting)
         if path.suffix in (".json", ".ipynb")
-        else re.sub(rb", \d{4}-\d\d-\d\dT[\d:]+Z\.", b".", path.read_bytes())  # when, on a profile's page
+        else re.sub(rb"at commit `.*?`, [\dTZ:-]+\.", b"", path.read_bytes())  # of a profile's page
         for path in files_there
     }
 
