@@ -12,10 +12,18 @@ from typing import Any
 
 from torch import nn
 
+from dmvae_lib.errors import DMVAEError
 from dmvae_lib.pairing import PairedData
 
 SOURCES = ("embedded", "subset", "full")
 EVALUATIONS = ("test", "validation")
+
+
+def check_asked(loader: str, source: str, evaluation: str) -> None:
+    """Raises DMVAEError, in the loader's name, for an unknown source or evaluation."""
+    for what, value, known in (("source", source, SOURCES), ("evaluation", evaluation, EVALUATIONS)):
+        if value not in known:
+            raise DMVAEError(f"{loader}: unknown {what} {value!r}; expected one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper import networks
-from dmvae_lib.paper.data import EVALUATIONS, SOURCES, DataSet, Splits
+from dmvae_lib.paper.data import SOURCES, DataSet, Splits, check_asked
 
 SHAPES, SIZES = ("heart", "square", "ellipse"), {"small": 10.0, "big": 20.0}  # pixels from the centre to the edge
 CAPTIONS = {1: SHAPES, 2: tuple(f"{size} {shape}" for size in SIZES for shape in SHAPES)}  # by class
@@ -85,9 +85,7 @@ def load(
     evaluation: "validation" draws other test images. root, cache, device, permutations: not used. Raises DMVAEError
     for an unknown source or evaluation.
     """
-    for what, value, known in (("source", source, SOURCES), ("evaluation", evaluation, EVALUATIONS)):
-        if value not in known:
-            raise DMVAEError(f"cdsprites: unknown {what} {value!r}; expected one of {', '.join(known)}.")
+    check_asked("cdsprites", source, evaluation)
 
     def pairs(part: str, seed: int) -> PairedData:
         labels = torch.arange(ITEMS[part]) % len(CAPTIONS[level])

@@ -19,7 +19,7 @@ from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import verify
 from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper import networks
-from dmvae_lib.paper.data import EVALUATIONS, DataSet, Splits
+from dmvae_lib.paper.data import DataSet, Splits, check_asked
 from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
 
 TITLES = {
@@ -65,9 +65,7 @@ def load(
     Raises DMVAEError for an unknown source or evaluation and for files that are missing or damaged; no source stands
     in for another.
     """
-    for what, value, known in (("source", source, TITLES), ("evaluation", evaluation, EVALUATIONS)):
-        if value not in known:
-            raise DMVAEError(f"digits: unknown {what} {value!r}; expected one of {', '.join(known)}.")
+    check_asked("digits", source, evaluation)
     whole = _read(source, Path(root))
     if evaluation == "validation" or source == "subset":
         # The versions of one embedded digit stay together: none may be trained on and another evaluated.

@@ -19,7 +19,7 @@ from torch import Tensor
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import verify, verify_listed
 from dmvae_lib.pairing import PairedData
-from dmvae_lib.paper.data import EVALUATIONS, DataSet, Splits
+from dmvae_lib.paper.data import DataSet, Splits, check_asked
 from dmvae_lib.paper.data.embedded_flowers import drawn_flowers, flower_classes
 from dmvae_lib.paper.data.features import decode_image, image_features, token_embeddings
 from dmvae_lib.training import resolve_device
@@ -83,9 +83,7 @@ def load_flowers(
     Raises DMVAEError for an unknown source or evaluation, and for images, captions, class lists or weights that are
     missing, damaged, changed, or do not fit together.
     """
-    for what, value, known in (("source", source, NETWORKS), ("evaluation", evaluation, EVALUATIONS)):
-        if value not in known:
-            raise DMVAEError(f"load_flowers: unknown {what} {value!r}; expected one of {', '.join(known)}.")
+    check_asked("load_flowers", source, evaluation)
     flowers = embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
     (backbone, text_model), device = NETWORKS[source], resolve_device(device)
     weights = Path(root, SQUEEZENET) if source == "subset" else None

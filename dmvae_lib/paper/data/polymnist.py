@@ -20,7 +20,7 @@ from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, locked, read_json, remove_leftovers, sha256, verify, write_json
 from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper import networks
-from dmvae_lib.paper.data import EVALUATIONS, SOURCES, DataSet, Splits
+from dmvae_lib.paper.data import SOURCES, DataSet, Splits, check_asked
 from dmvae_lib.paper.data.digits import Labelled, handwritten
 from dmvae_lib.paper.data.embedded_digits import VERSIONS
 
@@ -145,9 +145,7 @@ def load(
 
     Raises DMVAEError as `dmvae_lib.paper.data.digits.load` does, and for kept files that are damaged.
     """
-    for what, value, known in (("source", source, SOURCES), ("evaluation", evaluation, EVALUATIONS)):
-        if value not in known:
-            raise DMVAEError(f"polymnist: unknown {what} {value!r}; expected one of {', '.join(known)}.")
+    check_asked("polymnist", source, evaluation)
     train, test = handwritten(source, Path(root))
     kept = len(train[1]) - len(train[1]) // 10
     kept += -kept % (VERSIONS if source == "embedded" else 1)  # the versions of one embedded digit stay together

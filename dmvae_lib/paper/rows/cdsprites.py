@@ -37,7 +37,7 @@ def judged(run: Run) -> dict:
     device = next(run.model.parameters()).device
     classifiers = {"image": by.model, "caption": data.classifier("caption").to(device)}
     scores = coherence(run.model, run.setting.splits(data).test, classifiers, samples=1_000)
-    return {"scores": scores, "judges": {"image": by.scores | {"sha256": by.entry["files"]["model.safetensors"]}}}
+    return {"scores": scores, "judges": digits.facts_of({"image": by})}
 
 
 # The dimensions of the paper's private codes for images and captions (Sec. 5.2).

@@ -250,7 +250,7 @@ def judged(run: Run) -> dict:
     """
     by, splits = judges(run.setting, run.row.data), run.setting.splits(run.row.data)
     models = {name: judge.model for name, judge in by.items()}
-    found = {"scores": coherence(run.model, splits.test, models), "judges": _facts(by)}
+    found = {"scores": coherence(run.model, splits.test, models), "judges": facts_of(by)}
     if run.setting.evaluation != "test":
         return found
     if stronger := strong_judges(run.setting, run.row.data):
@@ -258,13 +258,14 @@ def judged(run: Run) -> dict:
         pairs = PairedData(test.items, {name: index[rows] for name, index in test.index.items()}, test.item_labels)
         strong_models = {name: judge.model for name, judge in stronger.items()}
         scores = coherence(run.model, pairs, strong_models, samples=len(pairs))
-        found["strong"] = {"scores": scores, "pairs": len(pairs), "judges": _facts(stronger)}
+        found["strong"] = {"scores": scores, "pairs": len(pairs), "judges": facts_of(stronger)}
     commonest = dict.fromkeys(found["scores"].keys() - {"joint"}, chance(splits.test.labels)[1])
     beyond = codes(run.model, splits, models)
     return found | beyond | {"chance": dict(sorted(commonest.items())) | beyond["chance"]}
 
 
-def _facts(by: Mapping[str, Run]) -> dict[str, dict]:
+def facts_of(by: Mapping[str, Run]) -> dict[str, dict]:
+    """{modality: its judge's accuracy and the SHA-256 of its weights}, for a run's entry."""
     return {name: judge.scores | {"sha256": judge.entry["files"]["model.safetensors"]} for name, judge in by.items()}
 
 

@@ -127,7 +127,7 @@ def measured(run: Run) -> dict:
     ]
     few = {name: x[: max(1, n // 20)].to(device) for name, x in real.items()}
     likelihood = model.log_likelihood(few, samples=100, generator=generator).mean().item()
-    facts = {name: judge.scores | {"sha256": judge.entry["files"]["model.safetensors"]} for name, judge in by.items()}
+    facts = digits.facts_of(by)
     found = {"scores": scores, "probes": probes(model, splits, n), "frechet": fmean(distances)}
     return found | {"log_likelihood": likelihood, "judges": facts}
 
