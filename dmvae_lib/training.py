@@ -95,10 +95,11 @@ def train(
 
     A row is the mean of each term over the updates since the row before, or over those among them that had the term.
 
-    directory: keeps `checkpoint.pt` there, written every `checkpoint_seconds`; a later call with the same arguments
-        goes on from it, in the precision it began with, and on the CPU ends bit for bit with the weights and history
-        of a run that was never interrupted. Ctrl-C (a notebook's stop button) or SIGTERM then waits for the end of the
-        update and a checkpoint, so that nothing is lost; a second one does not wait.
+    directory: keeps `checkpoint.pt` there, written every `checkpoint_seconds` and at the end; a later call with the same
+        arguments, or with more steps, goes on from it, in the precision it began with, and on the CPU ends bit for bit
+        with the weights of a run that was never interrupted, or had as many steps from the start. Ctrl-C (a notebook's
+        stop button) or SIGTERM then waits for the end of the update and a checkpoint, so that nothing is lost; a second
+        one does not wait.
     objective: (model, batch, labels (B,) or None, observed {name: (B,) bool} or None, beta) -> Terms.
     identity: what else makes this run this one, beside schedule, seed and data; another's checkpoint is refused.
     evaluate: called with the model in evaluation mode, without gradients, every `evaluate_every` updates (0: never) and
@@ -123,13 +124,12 @@ def train(
     state = _State(model, optimiser, _generators(device), resolve_precision(schedule.precision, device))
     checkpoint = None if directory is None else Path(directory) / "checkpoint.pt"
     if checkpoint is not None:
-        about: dict[str, Any] = {
-            "schedule": {name: value for name, value in asdict(schedule).items() if name != "precision"}
-        }
+        plan = {name: value for name, value in asdict(schedule).items() if name not in ("precision", "steps")}
+        about: dict[str, Any] = {"schedule": plan}
         about |= {"seed": seed, "identity": identity, "evaluate_every": evaluate_every}
         state.about = about | {"data": data.fingerprint}
         if checkpoint.exists():
-            state.restore(checkpoint, device)
+            state.restore(checkpoint, device, schedule.steps)
     data = data.to(device)
     labels = data.labels
     order = batches(data, schedule.batch_size, seed, state.step)
@@ -179,7 +179,7 @@ def train(
                 rate = (bar.format_dict["rate"] or 0.0) * schedule.batch_size
                 bar.set_postfix_str(f"loss {row['total']:.1f}, {rate:.0f} pairs/s", refresh=False)
             stop = bool(requests)
-            if checkpoint is not None and (stop or time.monotonic() - saved > checkpoint_seconds):
+            if checkpoint is not None and (stop or last or time.monotonic() - saved > checkpoint_seconds):
                 state.save(checkpoint, time.monotonic() - begun)
                 saved = time.monotonic()
     if state.step < schedule.steps:  # stopped, but whoever handles the signal goes on
@@ -304,14 +304,16 @@ class _State:
         torch.save(state, buffer)
         write_sealed(path, buffer.getvalue())
 
-    def restore(self, path: Path, device: torch.device) -> None:
-        """Takes up where the checkpoint left. Raises DMVAEError for one that is damaged or another run's."""
+    def restore(self, path: Path, device: torch.device, steps: int) -> None:
+        """Takes up where the checkpoint left. Raises DMVAEError for one that is damaged, another run's or beyond `steps`."""
         repair = "Delete it to train this run anew."
         content = read_sealed(path, f"The checkpoint cannot be used. {repair}")
         try:
             state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
             if different := [name for name in self.about if state["about"].get(name) != self.about[name]]:
                 raise DMVAEError(f"it is of a run with another {', '.join(different)}")
+            if state["step"] > steps:
+                raise DMVAEError(f"it has {state['step']} updates, more than {steps}")
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.generator_states = [values.cpu() for values in state["generator_states"]]

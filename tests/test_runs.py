@@ -69,7 +69,7 @@ def test_a_run_is_trained_once_then_loaded_with_the_same_weights(place, no_train
     assert first.history.equals(again.history) and list(again.history.index) == [20, 40]
     assert first.entry == again.entry
     assert {path.name for path in first.folder.iterdir()} - {".lock"} == {
-        *("model.safetensors", "history.csv", "entry.json", "identity")
+        *("model.safetensors", "history.csv", "entry.json", "identity", "checkpoint.pt")
     }
 
 
@@ -224,7 +224,31 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_
     assert (run.folder / "checkpoint.pt").exists() and not (run.folder / "entry.json").exists()
     undisturbed = Run(ROW, 0, place_in(tmp_path / "undisturbed"))
     assert same(run.model, undisturbed.model) and run.history.equals(undisturbed.history)
-    assert len(updates) == 40 - 24 and not (run.folder / "checkpoint.pt").exists()
+    assert len(updates) == 40 - 24
+
+
+def test_a_run_goes_on_where_its_budget_is_raised_and_starts_anew_where_it_is_lowered(tmp_path, capsys):
+    """With the weights of one that had the larger budget from the start."""
+    place, updates = place_in(tmp_path), []
+
+    def counted(*arguments):
+        updates.append(1)
+        return model_objective(*arguments)
+
+    def budget(steps):
+        return Run(replace(ROW, objective=counted, schedule=partial(of_steps, steps=steps)), 0, place)
+
+    first = budget(16).train()
+    longer = budget(40).train()
+    assert len(updates) == 40 and longer.recorded() and budget(16).recorded() is None
+    assert same(longer.model, Run(ROW, 0, place_in(tmp_path / "undisturbed")).model)
+    assert capsys.readouterr().err.count("is replaced") == 0
+    assert same(budget(16).train().model, first.model) and len(updates) == 40 + 16
+    assert "checkpoint.pt is of another configuration" in capsys.readouterr().err
+
+
+def of_steps(profile, steps):
+    return replace(ROW.schedule(profile), steps=steps)
 
 
 @pytest.mark.parametrize("at", ["weights", "history", "evaluation"])

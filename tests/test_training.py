@@ -319,6 +319,14 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path):
         train(nn.Linear(6, 6), data(), PLAN, 0, "cpu", tmp_path)
 
 
+def test_a_finished_training_goes_on_where_more_steps_are_asked_for(tmp_path):
+    trained(tmp_path, plan=replace(PLAN, steps=5))
+    objective = doing([], stopping)
+    assert torch.equal(trained(tmp_path, objective)[0], trained()[0]) and objective.calls == PLAN.steps - 5
+    with pytest.raises(DMVAEError, match=f"checkpoint.pt cannot be used.*it has {PLAN.steps} updates, more than 5"):
+        trained(tmp_path, plan=replace(PLAN, steps=5))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in (b"", b"not a checkpoint"):

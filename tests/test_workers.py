@@ -43,15 +43,16 @@ def noted(model, *rest, file):
 
 
 def kill_one_that_trains(place, killed):
-    """Kills the process that first has a checkpoint."""
+    """Kills the process that first has a checkpoint before its last update."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         for checkpoint in (place.runs / "toys").glob("toy-dmvae-*/checkpoint.pt"):
             seed = checkpoint.parent.name.rsplit("-", 1)[1]
-            pid = int((place.runs / f"{seed}.note").read_text().split()[-1])
-            os.kill(pid, signal.SIGKILL)
-            killed.append((seed, pid))
-            return
+            *former, pid = map(int, (place.runs / f"{seed}.note").read_text().split())
+            if len(former) < 150:
+                os.kill(pid, signal.SIGKILL)
+                killed.append((seed, pid))
+                return
         time.sleep(0.02)
 
 

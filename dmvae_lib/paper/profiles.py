@@ -14,7 +14,8 @@ class Profile:
 
     source: of every data set ("embedded", "subset" or "full").
     width: of the digit networks' hidden layers, relative to the paper's; steps, batch_size, learning_rate: of every
-        model of the digits, by Adam; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
+        model of the digits, by Adam (a run goes on where steps are raised); anneal_steps: over which the weight of MVAE's
+        KLs rises; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
         classifier_steps: updates of the evaluation classifiers, strong_steps: of the strong ones, 0 for none (a strong
         judge takes a CPU longer than all of `quick`); learning_curve: numbers of SVHN training images to train DMVAE
         on, beside all; more_particles: Ks of MMVAE beside `particles`; twice: whether DMVAE is also trained for twice
@@ -34,6 +35,7 @@ class Profile:
     steps: int
     batch_size: int
     learning_rate: float
+    anneal_steps: int
     particles: int
     particle_steps: int
     particle_batch: int
@@ -62,6 +64,7 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     steps=800,
     batch_size=100,
     learning_rate=2e-3,
+    anneal_steps=400,
     particles=10,
     particle_steps=400,
     particle_batch=50,
@@ -77,6 +80,7 @@ SMOKE = replace(
     QUICK,
     name="smoke",
     steps=4,
+    anneal_steps=2,
     particle_steps=2,
     classifier_steps=20,
     retrieval_steps=2,
@@ -90,11 +94,12 @@ SUBSET = Profile(
     name="subset",
     source="subset",
     width=1.0,
-    steps=24_000,  # 1.2 million pairs
+    steps=6_000,  # 300,000 pairs
     batch_size=50,
     learning_rate=1e-3,
+    anneal_steps=3_000,
     particles=4,
-    particle_steps=24_000,
+    particle_steps=6_000,
     particle_batch=50,
     classifier_steps=4_000,
     strong_steps=1_125,  # 20 epochs of the 7,200 house numbers
@@ -116,6 +121,7 @@ PAPER = Profile(
     steps=168_000,  # ten epochs of 1.68 million pairs, as MultiVae's; the release's command line has seven
     batch_size=100,
     learning_rate=1e-3,
+    anneal_steps=84_000,
     particles=30,
     particle_steps=393_750,  # 30 epochs (Shi et al. 2019)
     particle_batch=128,
@@ -149,6 +155,7 @@ def get_profile(name: str) -> Profile:
         )
     shortened = (
         "steps",
+        "anneal_steps",
         "particle_steps",
         "retrieval_steps",
         "tuple_steps",

@@ -127,7 +127,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """runs/<profile>/<row>-<seed>/: model.safetensors, history.csv, entry.json and, while it trains, checkpoint.pt."""
+        """runs/<profile>/<row>-<seed>/: model.safetensors, history.csv, entry.json and checkpoint.pt, to go on from."""
         place = self.setting
         part = "" if place.evaluation == "test" else f"-{place.evaluation}"
         return place.runs / f"{place.profile.name}{part}" / f"{self.row.name}-{self.seed}"
@@ -192,8 +192,8 @@ class Run:
     def train(self) -> Run:
         """Sees to it that this machine has the run and that the ledger has its entry; returns the run itself.
 
-        A run that is here is left as it is, an interrupted one goes on, one of another configuration or other data in
-        its folder is replaced; while one process trains it, others wait. Raises DMVAEError for files that are damaged.
+        A run that is here is left as it is, one that was interrupted or had fewer updates goes on, one of another
+        configuration or other data in its folder is replaced; while one process trains it, others wait. Raises DMVAEError for files that are damaged.
         """
         with locked(self.folder, f"training {self}"):
             remove_leftovers(self.folder)
@@ -202,11 +202,8 @@ class Run:
             data = {"train": pairs.fingerprint, "test": splits.test.fingerprint}
             entry = self._current(self.folder / ENTRY, self._repair)
             if entry is None or entry["data"] != data:
-                if (self.folder / ENTRY).exists():
-                    print(f"{self.folder} is of another configuration or other data; it is replaced.", file=sys.stderr)
                 entry = self._train(pairs, data)
                 write_json(self.folder / ENTRY, entry)  # last: a run without it is not finished
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             written = (self.folder / ENTRY).read_bytes()
             if not self.entry_path.exists() or self.entry_path.read_bytes() != written:
                 with locked(self.entry_path.parent, "writing the ledger"):
@@ -249,8 +246,7 @@ class Run:
     def _train(self, pairs: PairedData, data: dict[str, str]) -> dict:
         """Trains and evaluates, writes weights and history, and returns the entry."""
         row, place = self.row, self.setting
-        identity = hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()[:16]
-        self._begin(identity)
+        identity = self._begin(data)
         trained = replace(self)  # what `evaluate` sees; this one has a model once it has an entry
         model = trained.__dict__["model"] = self._new_model()
         if row.fit:
@@ -282,15 +278,27 @@ class Run:
         entry |= {"seconds": round(history.attrs["seconds"], 1), "curve": _curve(history, found["scores"]), **found}
         return seal(entry | {"files": {name: sha256(self.folder / name) for name in (WEIGHTS, HISTORY)}})
 
-    def _begin(self, identity: str) -> None:
-        """Removes what training in this folder by another configuration or on other data left, and says so."""
-        (self.folder / ENTRY).unlink(missing_ok=True)  # before its weights are another's
+    def _begin(self, data: dict[str, str]) -> str:
+        """Removes what training in this folder by another configuration or on other data left, and says so.
+
+        Returns what a run is beside its number of updates: one with fewer of them goes on, one with more does not.
+        """
+        schedule = dict(self.config["schedule"])
+        steps = schedule.pop("steps")
+        is_now = json.dumps([self.config | {"schedule": schedule}, data], sort_keys=True)
+        identity = hashlib.sha256(is_now.encode()).hexdigest()[:16]
         note, checkpoint = self.folder / "identity", self.folder / "checkpoint.pt"
-        if checkpoint.exists() and not (note.exists() and note.read_text() == identity):
-            print(f"{checkpoint} is of another configuration or other data of {self}; it starts anew.", file=sys.stderr)
-            checkpoint.unlink()
+        former, _, had = note.read_text().partition(" ") if note.exists() else ("", "", "")
+        goes_on = former == identity and int(had) <= steps
+        for path in (self.folder / ENTRY, checkpoint):  # the entry first, before its weights are another's
+            if path.exists() and not goes_on:
+                print(f"{path} is of another configuration or other data of {self}; it is replaced.", file=sys.stderr)
+        (self.folder / ENTRY).unlink(missing_ok=True)
+        if not goes_on:
+            checkpoint.unlink(missing_ok=True)
         with atomic_write(note) as temporary:
-            temporary.write_text(identity)
+            temporary.write_text(f"{identity} {steps}")
+        return identity
 
 
 def _curve(history: pd.DataFrame, scores: dict[str, float], most: int = 25) -> dict[str, list]:

@@ -131,8 +131,8 @@ def updates(profile: Profile) -> Schedule:
 
 
 def annealed(profile: Profile) -> Schedule:
-    """The weight of the KLs rises during the first half (MVAE)."""
-    return replace(updates(profile), anneal_steps=round(0.5 * profile.steps))
+    """The weight of the KLs rises at first (MVAE)."""
+    return replace(updates(profile), anneal_steps=profile.anneal_steps)
 
 
 def by_particles(profile: Profile) -> Schedule:
