@@ -13,14 +13,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dmvae_lib import DMVAE, MMVAE, DMVAEError, PairedData, Schedule
+from dmvae_lib.distributions import bernoulli
 from dmvae_lib.paper import published
 from dmvae_lib.paper.rows.digits import TABLE1
 from dmvae_lib.paper.rows.row import Row
+from dmvae_lib.paper.rows.successors import decoder_of, encoder_of
 from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results, table
 from dmvae_lib.paper.workers import train_all
@@ -67,33 +67,13 @@ def multivae_trainer(model: DMVAE | MMVAE, pairs: Dataset, batch_size: int, devi
     from multivae.models import DMVAE as TheirDMVAE
     from multivae.models import MMVAE as TheirMMVAE
     from multivae.models import DMVAEConfig, MMVAEConfig
-    from multivae.models.base import BaseDecoder, ModelOutput
-    from multivae.models.nn.base_architectures import BaseMultilatentEncoder
     from multivae.trainers import BaseTrainer, BaseTrainerConfig
 
-    class Encoder(BaseMultilatentEncoder):
-        def __init__(self, name: str):
-            super().__init__()
-            self.network = model.encoders[name]
-            self.style_dim, self.latent_dim = model.private_dims[name], model.shared_dim
-
-        def forward(self, x: Tensor):
-            sizes = [self.style_dim, self.style_dim, self.latent_dim, self.latent_dim]
-            names = ("style_embedding", "style_log_covariance", "embedding", "log_covariance")
-            return ModelOutput(**dict(zip(names, self.network(x).split(sizes, -1))))
-
-    class Decoder(BaseDecoder):  # its code is [shared, private], ours [private, shared]
-        def __init__(self, name: str):
-            super().__init__()
-            self.network, self.latent_dim = model.decoders[name], model.private_dims[name] + model.shared_dim
-
-        def forward(self, z: Tensor):
-            return ModelOutput(reconstruction=self.network(z.roll(-model.shared_dim, -1)))
-
-    def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
-        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-
-    networks = {n: Encoder(n) for n in model.names}, {n: Decoder(n) for n in model.names}
+    dims = model.private_dims
+    networks = (
+        {name: encoder_of(model.encoders[name], model.shared_dim, dims[name]) for name in model.names},
+        {name: decoder_of(model.decoders[name], model.shared_dim, dims[name]) for name in model.names},
+    )
     common = {"n_modalities": len(model.names), "latent_dim": model.shared_dim, "rescale_factors": model.weights}
     common |= {"input_dims": {name: tuple(pairs[0].data[name].shape) for name in model.names}}
     common |= {"uses_likelihood_rescaling": True}
@@ -104,9 +84,9 @@ def multivae_trainer(model: DMVAE | MMVAE, pairs: Dataset, batch_size: int, devi
         made.prior_log_var = model.prior_logits
     else:
         # It counts KL(q(z_s | source) || p) once per source, Eq. 3 once per source and target.
-        common |= {"modalities_specific_dim": model.private_dims, "beta": len(model.names)}
+        common |= {"modalities_specific_dim": dims, "beta": len(model.names)}
         made = TheirDMVAE(DMVAEConfig(**common), *networks)
-        made.recon_log_probs = dict.fromkeys(model.names, bernoulli)  # its own refuses grey levels
+        made.recon_log_probs = dict.fromkeys(model.names, bernoulli().log_prob)  # its own refuses grey levels
     settings = {"learning_rate": 1e-3, "num_epochs": 1, "output_dir": tempfile.mkdtemp()} | training
     plan = BaseTrainerConfig(per_device_train_batch_size=batch_size, no_cuda=device.type == "cpu", **settings)
     return BaseTrainer(made, pairs, None, plan)

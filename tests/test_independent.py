@@ -63,8 +63,10 @@ def test_dmvae_is_eq_3_when_nothing_is_drawn():
 def test_mmvae_is_the_looser_bound_with_its_gradient_when_the_same_is_drawn(monkeypatch):
     model, data = tiny(TABLE1["MMVAE"], particles=4)
     trainer = their_trainer(model, data)
+    model.double(), trainer.model.double()
     batch = next(iter(trainer.train_loader))
-    drawn = [torch.distributions.Laplace(0.0, 1.0).sample((4, 10, model.shared_dim)) for _ in model.names]
+    batch.data = {name: x.double() for name, x in batch.data.items()}
+    drawn = [torch.distributions.Laplace(0.0, 1.0).sample((4, 10, model.shared_dim)).double() for _ in model.names]
     for laplace, mean in ((Laplace, "mean"), (torch.distributions.Laplace, "loc")):
         draws = iter(drawn)  # one for each modality's expert, in turn
 
@@ -73,11 +75,11 @@ def test_mmvae_is_the_looser_bound_with_its_gradient_when_the_same_is_drawn(monk
 
         monkeypatch.setattr(laplace, "rsample", rsample)
     ours, theirs = model.loss(batch.data).total, trainer.model(batch).loss / 10  # theirs is the batch's sum
-    # Of pixels summed, one particle has all the weight: the bound is then its log w - log K; theirs leaves log K out.
-    assert ours.item() == pytest.approx(theirs.item() + math.log(model.particles), rel=1e-5)
+    # Theirs is -sum_k w~_k log w_k, whose gradient is DReG's too; the bound lies log K less the entropy of w~ below it.
+    assert 0 <= theirs.item() + math.log(model.particles) - ours.item() <= math.log(model.particles)
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, theirs)]
     for mine, other in zip(*gradients):
-        assert (mine - other).norm() < 1e-3 * mine.norm()
+        assert (mine - other).norm() < 1e-5 * mine.norm()
 
 
 @pytest.mark.parametrize("row", independent.OURS)
