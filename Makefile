@@ -38,9 +38,9 @@ notebooks: $(READY)  ## reproduce (profile quick), then put the executed noteboo
 	$(BIN)/python -m dmvae_lib.paper.reproduce --in-place
 
 test: check site  ## ruff, mypy, the site's links, unit tests, then every notebook re-run in profile smoke and compared
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 	$(BIN)/python -m dmvae_lib.paper.reproduce --prepare build/nbval
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 build/nbval -n auto --dist loadfile
 
 bench: $(READY)  ## how fast DMVAE trains on this machine, beside other trainers and the machine's limits
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE)

@@ -81,12 +81,13 @@ def train_in(folder: Path, steps: int = SHORT) -> None:
 
 
 def finished(folder: Path) -> dict[str, object]:
-    """{path: content} of all that was made in the folder, but for when and how fast, and a notebook's random names."""
+    """{path: content} of all that was made in the folder, but for when and how fast (of which a checkpoint keeps account),
+    and a notebook's random names."""
 
     def lasting(members: dict) -> dict:
         return {key: value for key, value in members.items() if key not in ("made", "seconds", "sha256", "id")}
 
-    files_there = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    files_there = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "checkpoint.pt")]
     return {
         str(path.relative_to(folder)): json.loads(path.read_bytes(), object_hook=lasting)
         if path.suffix in (".json", ".ipynb")
