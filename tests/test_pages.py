@@ -46,7 +46,7 @@ def test_whatever_writes_an_artefact_shows_it_on_the_pages(place, readme):
         assert (place.results / "README.md").read_text() == provenance(place.results)
         shown = readme.read_text()
         assert shown.startswith("before\n") and shown.endswith("after\n") and "old" not in shown
-        assert f"{100 * share:.1f} *(44.7)*" in shown and "(1 seed)" in shown
+        assert f"{100 * share:.1f} *(44.7)*" in shown and "(profile `quick`, 1 seed)" in shown
 
 
 def test_an_artefact_leads_to_its_runs_its_picture_and_an_entry_to_cite(place):
@@ -94,13 +94,18 @@ def made_by_an_older_library(folder):
     path.write_text(json.dumps(manifest))
 
 
-def test_the_readme_shows_the_profile_nearest_to_the_papers_data_of_the_present_code(place, readme):
+def test_the_readme_shows_each_table_from_the_profile_nearest_to_the_papers_data_of_the_present_code(place, readme):
     subset = replace(place, profile=get_profile("subset"), results=place.results.with_name("subset"))
     for where, share in ((place, 0.5), (subset, 0.25)):
         made = compare({"a": [{"joint": share}], "b": [{"joint": 0.1}]}, {"a": {"joint": 44.7}})
         Results(where, "n").table("table1", made, "Table 1: it.")
+    other = compare({"a": [{"joint": 0.75}]}, {"a": {"joint": 12.0}})
+    Results(place, "n").table("table3", other, "Table 3: of one profile alone.")
+    assert "75.0 *(12)*" in readme.read_text() and "(profile `quick`, 1 seed)" in readme.read_text()
     assert "25.0 *(44.7)*" in readme.read_text() and "50.0" not in readme.read_text()
-    assert "Profile `subset`" in readme.read_text() and "| b" not in readme.read_text()  # which the paper lacks
+    assert (
+        "(profile `subset`, 1 seed)" in readme.read_text() and "| b" not in readme.read_text()
+    )  # which the paper lacks
     made_by_an_older_library(subset.results)
     write_pages(place.results.parent)
     assert "50.0 *(44.7)*" in readme.read_text() and "Profile `quick` (stand-ins" in readme.read_text()

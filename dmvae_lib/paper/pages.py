@@ -81,7 +81,8 @@ def _is(path: Path, digest: str) -> bool:
 
 
 def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] = SHORT) -> str:
-    """The paper's rows beside its numbers, and the verdicts on its claims: of the profile nearest to the paper's data.
+    """The paper's rows beside its numbers, and the verdicts on its claims: each table from the profile nearest to the
+    paper's data that has it.
 
     From the tables' csv files and `<table>_claims.csv`; one that is not the one in the manifest is not shown.
     """
@@ -89,30 +90,26 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
         profile: {name: entry for name, entry in entries.items() if not _old(entry)}
         for profile, entries in _manifests(results).items()
     }
-    for profile in reversed(PROFILES):  # from the paper's own data to the stand-ins
-        shown = {name: _csv(results / profile, manifests.get(profile, {}), name) for name in tables}
-        if any(frame is not None for frame in shown.values()):
-            break
-    else:
-        return "No profile has results of the present code; `make reproduce` makes them.\n"
-    what = DATA[PROFILES[profile].source]
-    lines = [
-        f"Profile `{profile}` ({what}), percent, mean ± standard deviation over seeds, *(the paper's number)*.",
-        "",
-    ]
+    lines, profiles = [], {}
     for name, (title, best) in tables.items():
-        if (frame := shown[name]) is not None:
+        for profile in (
+            known for known in reversed(PROFILES) if known in manifests
+        ):  # from the paper's data to stand-ins
+            folder, entries = results / profile, manifests[profile]
+            if (frame := _csv(folder, entries, name)) is None:
+                continue
+            profiles[profile] = f"`{profile}` ({DATA[PROFILES[profile].source]})"
             low, high = int(frame["seeds"].min()), int(frame["seeds"].max())
             seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
-            lines += [
-                f"**[{title}](results/{profile}/README.md#{name})** ({seeds}).",
-                "",
-                _small(_papers(frame, best)),
-                "",
-            ]
-            if (claims := _csv(results / profile, manifests[profile], f"{name}_claims")) is not None:
-                lines += [*_verdicts(claims)]
-    return "\n".join(lines)
+            head = f"**[{title}](results/{profile}/README.md#{name})** (profile `{profile}`, {seeds})."
+            lines += [head, "", _small(_papers(frame, best)), ""]
+            if (claims := _csv(folder, entries, f"{name}_claims")) is not None:
+                lines += _verdicts(claims)
+            break
+    if not lines:
+        return "No profile has results of the present code; `make reproduce` makes them.\n"
+    about = f"Percent, mean ± standard deviation over seeds, *(the paper's number)*. Profile {'; '.join(profiles.values())}."
+    return "\n".join([about, "", *lines])
 
 
 def _csv(folder: Path, entries: Mapping[str, dict], name: str) -> pd.DataFrame | None:

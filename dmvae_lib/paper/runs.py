@@ -51,7 +51,8 @@ WEIGHTS, HISTORY, ENTRY = "model.safetensors", "history.csv", "entry.json"
 class Setting:
     """Where and how runs are made: the parameters of every notebook.
 
-    results: the profile's folder, in one whose README.md lists what is there. evaluation: "test", or "validation" to hold out part of the training data and leave the test data alone.
+    results: the profile's folder, in one whose README.md lists what is there. evaluation: "test", or "validation" to hold
+        out part of the training data and leave the test data alone.
     """
 
     profile: Profile
@@ -193,7 +194,8 @@ class Run:
         """Sees to it that this machine has the run and that the ledger has its entry; returns the run itself.
 
         A run that is here is left as it is, one that was interrupted or had fewer updates goes on, one of another
-        configuration or other data in its folder is replaced; while one process trains it, others wait. Raises DMVAEError for files that are damaged.
+        configuration or other data in its folder is replaced; while one process trains it, others wait. Raises
+        DMVAEError for files that are damaged.
         """
         with locked(self.folder, f"training {self}"):
             remove_leftovers(self.folder)

@@ -1,4 +1,6 @@
-"""CdSprites+ made anew, levels 1 and 2: an image of one shape, and its caption (github.com/gabinsane/multimodal-vae-comparison).
+"""CdSprites+ made anew, levels 1 and 2: an image of one shape, and its caption.
+
+The benchmark is github.com/gabinsane/multimodal-vae-comparison.
 
 Level 1: the caption names the shape, a heart, a square or an ellipse; level 2: its size too. What no caption names is how
 the shape is turned. Images are drawn here, not downloaded: numbers compare with the leaderboard's in their order only.
