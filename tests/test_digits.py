@@ -1,6 +1,7 @@
 """The digits: what each source holds, and that nothing damaged or missing passes for it."""
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+RUNS = Path(__file__).resolve().parents[1] / "results" / "quick" / "runs"
 NPZ = Path("svhn", "test_32x32_first10000.npz")
 load = MNIST_SVHN.load
 real = pytest.mark.skipif(not (SHARED / NPZ).is_file(), reason="the real data is not here")
@@ -165,6 +167,14 @@ def test_processors_of_other_kinds_draw_the_same_digits():
 def test_no_house_numbers_are_refused():
     with pytest.raises(DMVAEError, match="n=0"):
         house_numbers(0)
+
+
+def test_the_committed_runs_are_of_these_data(embedded):
+    """Results on data that have changed would stand in one table with those on the new ones: retrain, or take out."""
+    of = {path.name: json.loads(path.read_text()) for path in RUNS.glob("*.json")}
+    other = [name for name, entry in of.items() if entry["config"]["data"] == MNIST_SVHN.name
+             and entry["data"]["test"] != embedded.test.fingerprint]  # fmt: skip
+    assert len(of) > 50 and not other
 
 
 # --- real data -------------------------------------------------------------------------------------------------
