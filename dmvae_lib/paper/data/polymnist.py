@@ -26,7 +26,7 @@ from dmvae_lib.paper.data.embedded_digits import VERSIONS
 
 SIDE = 256  # pixels of a texture
 THRESHOLD = 128  # of 255: brighter pixels of a digit invert its background
-VERSION = 1  # raise it when the code below draws other images from the same digits
+VERSION = 2  # raise it when the code below draws other images from the same digits
 
 # --- textures -------------------------------------------------------------------------------------------------------
 
