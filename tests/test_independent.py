@@ -76,7 +76,8 @@ def test_mmvae_is_the_looser_bound_with_its_gradient_when_the_same_is_drawn(monk
         monkeypatch.setattr(laplace, "rsample", rsample)
     ours, theirs = model.loss(batch.data).total, trainer.model(batch).loss / 10  # theirs is the batch's sum
     # Theirs is -sum_k w~_k log w_k, whose gradient is DReG's too; the bound lies log K less the entropy of w~ below it.
-    assert 0 <= theirs.item() + math.log(model.particles) - ours.item() <= math.log(model.particles)
+    # Of pixels summed, one particle has nearly all the weight, so that the entropy is small.
+    assert 0 <= theirs.item() + math.log(model.particles) - ours.item() <= 1e-5 * ours.item()
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, theirs)]
     for mine, other in zip(*gradients):
         assert (mine - other).norm() < 1e-5 * mine.norm()

@@ -103,9 +103,8 @@ def test_the_readme_shows_each_table_from_the_profile_nearest_to_the_papers_data
     Results(place, "n").table("table3", other, "Table 3: of one profile alone.")
     assert "75.0 *(12)*" in readme.read_text() and "(profile `quick`, 1 seed)" in readme.read_text()
     assert "25.0 *(44.7)*" in readme.read_text() and "50.0" not in readme.read_text()
-    assert (
-        "(profile `subset`, 1 seed)" in readme.read_text() and "| b" not in readme.read_text()
-    )  # which the paper lacks
+    assert "(profile `subset`, 1 seed)" in readme.read_text()
+    assert "| b" not in readme.read_text()  # which the paper lacks
     made_by_an_older_library(subset.results)
     write_pages(place.results.parent)
     assert "50.0 *(44.7)*" in readme.read_text() and "Profile `quick` (stand-ins" in readme.read_text()

@@ -110,9 +110,8 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     n = len(labels)
     ink = _write(labels, generator)  # (n, 1, 32, 32), how much of each pixel the figures cover
 
-    grey = _uniform(
-        generator, (n, 1), 0.05, 0.45
-    )  # of what is darker, wall or figure; the other is lighter by the contrast
+    # Grey of what is darker, wall or figure; the other is lighter by the contrast.
+    grey = _uniform(generator, (n, 1), 0.05, 0.45)
     contrast = _uniform(generator, (n, 1), 0.4, 0.75)
     # Warm to cold light, the same on wall and figure; beyond it walls and figures have little colour of their own.
     warmth = 0.25 * _normal(generator, n, 1, 1) * torch.tensor([1.0, 0.0, -1.0])
