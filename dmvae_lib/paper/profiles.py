@@ -113,6 +113,7 @@ SUBSET = Profile(
     more_particles=(10, 30),
     twice=True,
     gigabytes=4.0,
+    precision="auto",  # as results/subset/parity.md allows
 )
 PAPER = Profile(
     name="paper",
