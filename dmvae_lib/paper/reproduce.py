@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -45,16 +46,29 @@ def reproduce(place: Setting, scheduler: str | None = "auto") -> None:
     Killed at any point and called again, it ends with the same results; a second call at the same time waits.
     """
     with locked(place.runs / place.profile.name, f"make reproduce PROFILE={place.profile.name}"):
-        train_all(runs_of(place), scheduler)
+        train(place, scheduler)
         execute_all(place)
         print(compare_with_committed(place))
 
 
+def train(place: Setting, scheduler: str | None = "auto", rows: Sequence[str] = ()) -> None:
+    """Trains what this machine has not trained yet, of the rows of these names if there are any.
+
+    Raises DMVAEError for rows that the profile lacks, at once for missing data, and as `train_all` does.
+    """
+    runs = runs_of(place)
+    if unknown := set(rows) - {run.row.name for run in runs}:
+        known = ", ".join(dict.fromkeys(run.row.name for run in runs))
+        raise DMVAEError(f"--train: no rows {', '.join(sorted(unknown))}; this profile has {known}.")
+    runs = [run for run in runs if not rows or run.row.name in rows]
+    for data in {run.row.data.name: run.row.data for run in runs}.values():
+        place.splits(data)
+    train_all(runs, scheduler)
+
+
 def runs_of(place: Setting) -> list[Run]:
     """The judges, the strong ones too where the profile has them, every row and the incomplete ones with each of the
-    setting's seeds, the learning curve and what the budget decides with one; missing data are an error at once."""
-    for data in {row.data.name: row.data for row in ROWS.values()}.values():
-        place.splits(data)
+    setting's seeds, the learning curve and what the budget decides with one."""
     once = (learning_curve(place.profile) | budgets(place.profile)).values()
     with_gaps = {row.name: row for of in incomplete(place.profile).values() for share, row in of.items() if share < 1}
     rows = [row for row in (ROWS | with_gaps).values() if row not in JUDGES]
@@ -225,11 +239,7 @@ def main() -> None:
             if options.train is None:
                 reproduce(place, scheduler)
             else:
-                runs = runs_of(place)
-                if unknown := set(options.train) - {run.row.name for run in runs}:
-                    known = ", ".join(dict.fromkeys(run.row.name for run in runs))
-                    raise DMVAEError(f"--train: no rows {', '.join(sorted(unknown))}; this profile has {known}.")
-                train_all([run for run in runs if not options.train or run.row.name in options.train], scheduler)
+                train(place, scheduler, options.train)
     except (DMVAEError, papermill.PapermillExecutionError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
