@@ -1,4 +1,4 @@
-"""`make parity`: whether training in bfloat16 changes the scores: the same runs in both precisions, on validation data."""
+"""`make parity`: whether training in bfloat16 changes the scores: what a profile trains in it, trained in float32 beside."""
 
 from __future__ import annotations
 
@@ -13,38 +13,52 @@ from dmvae_lib import DMVAEError
 from dmvae_lib.paper.published import MEASURES
 from dmvae_lib.paper.rows.digits import TABLE1, TABLE3
 from dmvae_lib.paper.runs import Run, Setting, setting
-from dmvae_lib.paper.tables import Results
+from dmvae_lib.paper.tables import Results, interval
 from dmvae_lib.paper.workers import train_all
 from dmvae_lib.training import resolve_device, resolve_precision
 
 ROWS = (*TABLE1.values(), TABLE3["no private spaces"])
-UPDATES = 2_400  # of every row, at most
-PRECISIONS = ("float32", "bfloat16")
+UPDATES = 2_400  # after which scores are compared: the profile's runs have them there, the others end there
 
 
-def places(place: Setting) -> dict[str, Setting]:
-    """The setting in each precision, with the short budget; runs of one precision are not the other's."""
-    short = {name: min(UPDATES, getattr(place.profile, name)) for name in ("steps", "particle_steps")}
-    return {
-        name: replace(
-            place, profile=replace(place.profile, name=f"{place.profile.name}-{name}", precision=name, **short)
-        )
-        for name in PRECISIONS
-    }
+def in_float32(place: Setting) -> Setting:
+    """The setting on the validation split, in float32 and with the short budget; its runs are not the profile's."""
+    name = f"{place.profile.name}-float32"
+    short = {"steps": UPDATES, "particle_steps": UPDATES, "validate_every": 0}
+    return replace(
+        place, evaluation="validation", profile=replace(place.profile, name=name, precision="float32", **short)
+    )
+
+
+def in_bfloat16(run: Run) -> dict[str, float]:
+    """The run's validation scores after the short budget, out of its entry; it is trained where it has none.
+
+    Raises DMVAEError for a run that was trained in float32, or has no score there.
+    """
+    made, curve = run.entry["made"], run.entry["curve"]
+    if made["precision"] != "bfloat16":
+        anew = f"delete {run.folder} and {run.entry_path} to train it in bfloat16"
+        raise DMVAEError(f"{run} was trained in {made['precision']}, expected bfloat16; {anew}.")
+    if UPDATES not in curve["updates"]:
+        updates = ", ".join(map(str, curve["updates"]))
+        raise DMVAEError(f"{run} has no validation scores after {UPDATES} updates (only {updates}).")
+    at = curve["updates"].index(UPDATES)
+    return {measure: curve[measure][at] for measure in run.scores}
 
 
 def compare(scores: pd.DataFrame) -> pd.DataFrame:
     """scores: shares, a line per (row, seed), columns (measure, precision). A line per row and measure, in percent: the
-    means, the mean of the differences bfloat16 - float32 paired by seed and its standard deviation, the standard
-    deviation of float32 over seeds, and whether the mean difference lies within it."""
+    means, the mean of the differences bfloat16 - float32 paired by seed with its 95 % interval, the spread of float32
+    over seeds (largest less smallest), and whether the mean difference lies within it."""
     lines = []
     for row, of_row in scores.groupby(level=0, sort=False):
         for measure in of_row.columns.unique(0):
             percent = 100 * of_row[measure]
-            difference, spread = percent["bfloat16"] - percent["float32"], percent["float32"].std()
+            difference, *ends = interval((percent["bfloat16"] - percent["float32"]).tolist())
+            spread = percent["float32"].max() - percent["float32"].min()
             facts = {"row": row, "measure": MEASURES.get(measure, measure), **percent.mean()}
-            facts |= {"difference": difference.mean(), "sd of differences": difference.std(), "sd over seeds": spread}
-            lines.append(facts | {"agrees": "yes" if abs(difference.mean()) <= spread else "no"})
+            facts |= {"difference": difference, "from": ends[0], "to": ends[1], "spread of seeds": spread}
+            lines.append(facts | {"agrees": "yes" if abs(difference) <= spread else "no"})
     return pd.DataFrame(lines).set_index(["row", "measure"])
 
 
@@ -55,25 +69,28 @@ def main() -> None:
             raise DMVAEError(
                 f"--seeds {options.seeds}; expected at least 2, whose spread is what differences are held against."
             )
-        place = setting(**vars(options), evaluation="validation")
-        if resolve_precision("auto", resolve_device(options.device)) != "bfloat16":
+        place = setting(**vars(options))
+        if resolve_precision(place.profile.precision, resolve_device(options.device)) != "bfloat16":
             raise DMVAEError(
-                "this device multiplies bfloat16 no faster than float32; take one that does, as docs/speed.md says."
+                f"profile {place.profile.name} trains in float32 on this device; take one that multiplies bfloat16 "
+                "faster, as docs/speed.md says, and a profile whose precision is auto."
             )
-        found = {}
-        for precision, there in places(place).items():
-            runs = [Run(row, seed, there) for row in ROWS for seed in range(place.seeds)]
-            train_all(runs, "auto")
+        low, high = (
+            [Run(row, seed, to) for row in ROWS for seed in range(place.seeds)] for to in (place, in_float32(place))
+        )
+        found: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+        for runs, scores, precision in ((low, in_bfloat16, "bfloat16"), (high, lambda run: run.scores, "float32")):
+            train_all([run for run in runs if run.recorded() is None], "auto")
             for run in runs:
-                for measure, share in run.scores.items():
-                    found.setdefault((run.row.title, run.seed), {})[measure, precision] = share
+                of_run = found.setdefault((run.row.title, run.seed), {})
+                of_run |= {(measure, precision): share for measure, share in scores(run).items()}
     except DMVAEError as error:
         sys.exit(f"\n{error}")
     table = compare(pd.DataFrame.from_dict(found, orient="index"))
-    updates = places(place)["float32"].profile
     caption = f"Training in bfloat16 against float32 on {where(resolve_device(options.device))}, validation split, "
-    caption += f"{updates.steps:,} updates of {updates.batch_size} (MMVAE: {updates.particle_steps:,}), {place.seeds} seeds, percent."
-    shown = Results(replace(place, evaluation="test"), "benchmarks/parity.py").frame("parity", table.round(2), caption)
+    caption += f"{UPDATES:,} updates of {place.profile.batch_size}, {place.seeds} seeds, percent. "
+    caption += "Difference: bfloat16 less float32, paired by seed, with its 95 % interval."
+    shown = Results(place, "benchmarks/parity.py").frame("parity", table.round(2), caption, low)
     print(f"{caption}\n{shown.to_string()}")
 
 

@@ -70,17 +70,28 @@ def test_speed_has_every_trainer_and_every_number_of_workers():
 
 
 def test_parity_is_judged_by_differences_paired_by_seed_against_the_seeds_spread():
-    """Worked out by hand: differences 1 and 3, spread of float32 the sd of 50 and 54."""
+    """Worked out by hand: differences 1 and 3, whose interval is 12.7 times their standard error of 1; float32 50 and 54."""
     shares = {("A", 0): {("joint", "float32"): 0.50, ("joint", "bfloat16"): 0.51}}
     shares[("A", 1)] = {("joint", "float32"): 0.54, ("joint", "bfloat16"): 0.57}
     line = parity.compare(pd.DataFrame.from_dict(shares, orient="index")).loc[("A", "Joint")]
-    assert line["difference"] == pytest.approx(2) and line["sd of differences"] == pytest.approx(2**0.5)
-    assert line["sd over seeds"] == pytest.approx(8**0.5) and line["agrees"] == "yes"
+    assert line["difference"] == pytest.approx(2) and line["to"] == pytest.approx(2 + 12.706, abs=1e-3)
+    assert line["spread of seeds"] == pytest.approx(4) and line["agrees"] == "yes"
+    shares[("A", 1)][("joint", "bfloat16")] = 0.62
+    assert parity.compare(pd.DataFrame.from_dict(shares, orient="index"))["agrees"].tolist() == ["no"]
 
 
-def test_parity_trains_the_same_runs_in_two_precisions_apart():
-    places = parity.places(setting("smoke", evaluation="validation"))
-    row = parity.ROWS[0]
-    runs = [parity.Run(row, 0, place) for place in places.values()]
-    assert runs[0].config == runs[1].config and runs[0].folder != runs[1].folder
-    assert [row.schedule(place.profile).precision for place in places.values()] == ["float32", "bfloat16"]
+def test_parity_takes_the_profiles_own_runs_and_those_of_float32_apart(monkeypatch):
+    place = setting("subset")
+    low, high = (parity.Run(parity.ROWS[0], 0, to) for to in (place, parity.in_float32(place)))
+    assert low.folder != high.folder and high.entry_path.parent == high.folder  # nothing of it goes into results/
+    assert [run.row.schedule(run.setting.profile).precision for run in (low, high)] == ["auto", "float32"]
+    curve = {"updates": [1_200, parity.UPDATES], "joint": [0.1, 0.2]}
+    entry = {"made": {"precision": "bfloat16"}, "curve": curve, "scores": {"joint": 0.3}}
+    monkeypatch.setitem(low.__dict__, "entry", entry)
+    assert parity.in_bfloat16(low) == {"joint": 0.2}
+    curve["updates"] = [1_200, 4_800]
+    with pytest.raises(parity.DMVAEError, match=r"no validation scores after 2400 updates \(only 1200, 4800\)"):
+        parity.in_bfloat16(low)
+    entry["made"]["precision"] = "float32"
+    with pytest.raises(parity.DMVAEError, match="was trained in float32, expected bfloat16; delete"):
+        parity.in_bfloat16(low)
