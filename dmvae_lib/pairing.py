@@ -198,6 +198,10 @@ class PairedData:
         """The same data on `device`, images still uint8; arrays stay where they are, and `batch` moves its rows."""
         return self._with(lambda x: x.to(device) if isinstance(x, Tensor) else x)
 
+    def select(self, rows: Tensor) -> PairedData:
+        """The observations `rows`, (B,) integers or (P,) bool, over the same items; not checked again."""
+        return self._with(lambda x: x[rows.to(x.device)], "items", "item_labels")
+
     def split(
         self, shares: Sequence[float], seed: int = 0, groups: Labels | Sequence[str] | None = None
     ) -> list[PairedData]:
@@ -245,8 +249,7 @@ class PairedData:
             raise DMVAEError(
                 f"split: {whole} make parts of {found}; give larger shares, or fewer, for one in every part."
             )
-        chosen = [(part == number).nonzero().flatten().to(self.device) for number in range(len(shares))]
-        return [self._with(lambda x, rows=rows: x[rows], "items", "item_labels") for rows in chosen]
+        return [self.select(part == number) for number in range(len(shares))]
 
     @cached_property
     def fingerprint(self) -> str:

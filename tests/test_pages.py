@@ -121,9 +121,10 @@ def test_the_readme_names_the_best_competitors_and_each_claim_that_is_not_confir
     rows = re.findall(r"^\| (\w+) ", readme_results(place.results.parent, {"table2": ("Table 2", 1)}), re.M)
     assert rows == ["Papers", "Ours", "DMVAE"]
     claims = {"A above B": "refuted", "A above C": "confirmed", "A above D": "confirmed", "A above E": "not decided"}
-    frame = pd.DataFrame({"claim": claims.keys(), "verdict": claims.values()}).set_index("claim")
+    frame = pd.DataFrame({"claim": claims.keys(), "in": ["Table 2"] * 4, "verdict": claims.values()}).set_index("claim")
+    frame.loc["what a figure shows"] = ["Fig. 6", "confirmed"]
     Results(place, "n").frame("table2_claims", frame, "Claims.")
-    said = "The paper's claims here: **2 confirmed**. **1 refuted**: A above B. **1 not decided**: A above E."
+    said = "The paper's claims here: **2 confirmed**: A above C; A above D. **1 refuted**: A above B. **1 not decided**: A above E."
     assert said in readme.read_text()
     Results(place, "n").frame("table2_claims", frame.rename(columns={"verdict": "here"}), "Claims.")
     assert "claims here" not in readme.read_text()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dmvae_lib import DMVAEError
 from dmvae_lib.paper import runs
 from dmvae_lib.paper.profiles import PROFILES, get_profile
-from dmvae_lib.paper.rows import JUDGES, ROWS
+from dmvae_lib.paper.rows import ROWS
+from dmvae_lib.paper.rows.digits import DIGITS
 
 
 def test_unknown_profile_device_evaluation_and_seeds():
@@ -59,9 +60,10 @@ def test_seeds_are_a_count_or_refused(seeds):
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
-def test_every_row_is_trained_in_the_profiles_precision(row):
+def test_the_digits_rows_alone_are_trained_in_the_profiles_precision(row):
+    """Those that `make parity` stands for; of the models of multivae some give NaN in bfloat16."""
     schedule = row.schedule(replace(get_profile("quick"), precision="bfloat16"))
-    assert row.fit or schedule.precision == ("float32" if row in JUDGES else "bfloat16")
+    assert schedule.precision == ("bfloat16" if row in DIGITS else "float32")
 
 
 def test_the_precision_is_no_part_of_what_a_run_is():

@@ -20,7 +20,7 @@ from dmvae_lib.paper.published import CHANCE, MEASURES, Claim
 from dmvae_lib.paper.rows import TABLE1, TABLE2, TABLE3
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, setting
-from dmvae_lib.paper.tables import Results, check, compare, ledger, median, readable, table, two_judges, which
+from dmvae_lib.paper.tables import Results, check, compare, ledger, median, readable, table, two_judges, versus, which
 from dmvae_lib.paper.tables import curves as curves_of
 
 
@@ -187,9 +187,29 @@ def test_two_judges_stand_side_by_side_and_where_they_decide_otherwise(place):
 
 
 def test_a_caption_names_the_seed_and_of_how_many(place):
-    run = Run(ROWS["One"], 2, place)
-    assert which(run) == "seed 2, the only one here"
-    assert which(replace(run, setting=replace(place, seeds=3))) == "seed 2, the median of 3 by their scores"
+    record(place, ROWS["One"], 2, 0.5)
+    assert which(Run(ROWS["One"], 2, place)) == "seed 2, the only one here"
+    record(place, ROWS["Two"], 3, 0.1)  # another row's
+    for seed, share in ((0, 0.3), (1, 0.9), (4, 0.8)):
+        record(place, ROWS["One"], seed, share)
+    named = {seed: which(Run(ROWS["One"], seed, place)) for seed in (0, 1, 2, 4)}
+    places = {0: "the lowest", 2: "the median", 4: "number 3 from below", 1: "the highest"}
+    assert named == {seed: f"seed {seed}, {of} of 4 by their scores" for seed, of in places.items()}
+
+
+def test_rows_are_compared_seed_by_seed(place):
+    """Worked out by hand: +10, +11, +12 points, whose interval is 4.303 times the standard error of 1 / sqrt(3)."""
+    for seed, (one, two) in enumerate(((0.50, 0.40), (0.61, 0.50), (0.72, 0.60))):
+        record(place, ROWS["One"], seed, one)
+        record(place, ROWS["Two"], seed, two)
+    record(place, ROWS["Three"], 0, 0.7)
+    found = versus(table(ROWS, place), [("One", "Two"), ("Two", "Two"), ("Three", "One")], ["joint"])["Joint"]
+    assert found.to_dict() == {
+        "One − Two": "+11.0 [+8.5, +13.5] *",
+        "Two − Two": "+0.0 [+0.0, +0.0]",
+        "Three − One": "+20.0",
+    }
+    assert versus(table(ROWS, place), [("One", "Two")], ["nothing"]).iloc[0, 0] == "–"
 
 
 def test_the_papers_own_numbers_fulfil_the_papers_claims():

@@ -83,7 +83,8 @@ class Posterior(NamedTuple):
     private[name], shared[name]: each modality's own posteriors; joint: the shared posterior given all that was
     observed; experts[name]: the shared part as the encoder gives it (`shared` but for MVAE). targets[name]: what the
     decoder reconstructs, x or features(x), of the items that are there. masks[name]: (B,) bool, which these are; None
-    if all are. Where an item is missing, its posteriors are N(0, I), which no objective counts.
+    if all are. Where an item is missing, its posteriors are those of all-zero statistics, which no
+    objective counts.
     """
 
     private: dict[str, DiagonalGaussian]
@@ -139,8 +140,8 @@ class MultimodalVAE(Saved):
         observed: {name: (B,) bool}, for modalities of which some items are missing: the networks do not see these, and
         their values, NaN or not, do not matter.
 
-        Raises DMVAEError for unknown names, unequal batch sizes, masks of another form, items of which nothing is
-        observed, and, on the CPU, what `check` raises for.
+        Raises DMVAEError for unknown names, unequal batch sizes, masks of another form, and, on the CPU, items of which
+        nothing is observed and what `check` raises for.
         """
         size, masks = self._checked(batch, observed or {})
         private, shared, targets = {}, {}, {}
@@ -252,7 +253,7 @@ class MultimodalVAE(Saved):
     ) -> Tensor:
         """E[x_target], (B, ...), with z_p ~ q(z_p | x_target) and z_s from `source` (Sec. 4.3).
         source: "joint" for q(z_s | x), the target's name for self-reconstruction, another name for cross; observed: as
-        of `infer`. What is missing of an item has the prior's code in its place: from "joint", it is filled in."""
+        of `infer`. What is missing of an item is filled in from "joint", its private code from N(0, I)."""
         posterior = self.infer(batch, observed)
         for name in {target, source} - {"joint", *posterior.private}:
             raise DMVAEError(f"{name!r} is not in the batch; it holds {', '.join(posterior.private)}.")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def pretrained(source: str | Path, row: Row | None = None, **options: Any) -> MultimodalVAE:
     """The model of a row, its networks made anew, with saved weights; on the CPU, ready for inference.
 
-    source: "dmvae-mnist-svhn" or "dmvae-flowers", profile `subset`'s in a checkout (results/subset/models); a folder; or
-    a repository of the Hub, with options as `revision="a commit"`. row: where it is none of `ROWS`.
+    source: a folder, as results/quick/models/dmvae-mnist-svhn; the name of one in a checkout's results/subset/models; or a
+    repository of the Hub, with options as `revision="a commit"`. row: where it is none of `ROWS`.
     Raises DMVAEError as `load` does, and for a model that no row made.
     """
     from pathlib import Path
@@ -38,6 +38,10 @@ def pretrained(source: str | Path, row: Row | None = None, **options: Any) -> Mu
     if row is None and (row := ROWS.get(about.get("row", ""))) is None:
         made = f"made by row {about['row']!r}; give it as `row`" if "row" in about else "that no row made"
         raise DMVAEError(f"{source} holds a model {made}, or load it with {config['model']}.load.")
+    if lacking := {"classes", "shapes", "arguments"} - about.keys():
+        raise DMVAEError(
+            f"{source} does not say its {', '.join(sorted(lacking))}, as a row's model does; load it with {config['model']}.load."
+        )
     # Builders look at the items' shapes and the classes at most.
     classes = about["classes"] or [0]
     items = {name: torch.zeros(len(classes), *shape) for name, shape in about["shapes"].items()}

@@ -25,15 +25,15 @@ def chosen(splits: Splits, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def synthesised(model: MultimodalVAE, observed: Mapping[str, Tensor], target: str) -> Tensor:
-    """Fig. 4: (STYLES, B, ...) items of `target` from the observed: in each row one private code (`distinct_codes`).
+def synthesised(model: MultimodalVAE, batch: Mapping[str, Tensor], target: str) -> Tensor:
+    """Fig. 4: (STYLES, B, ...) items of `target` from the batch's: in each row one private code (`distinct_codes`).
 
     The shared code is drawn once for each item. A model without private codes gives samples of its only code instead.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     if not model.private_dims[target]:
-        return model.cross_generate(observed, target, STYLES, generator=generator)
-    shared = model.infer(observed).joint.rsample(generator)
+        return model.cross_generate(batch, target, STYLES, generator=generator)
+    shared = model.infer(batch).joint.rsample(generator)
     return model.mean(target, distinct_codes(model, target, STYLES)[:, None], shared)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,7 +49,7 @@ def curves(history: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure
     """
     figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.2), squeeze=False)
     for ax, (title, columns) in zip(axes[0], groups.items()):
-        for column, dashes in zip(columns, ["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 3))]):
+        for column, dashes in zip(columns, cycle(["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (1, 3))])):
             bound = re.sub(r"^\w+\((.+?)(/\w+)?\)$", r"\1", column)
             ax.plot(history.index, history[column], linestyle=dashes, label=bound)
         weighted = any(column.startswith("log_likelihood") for column in columns)
@@ -172,7 +173,7 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, tuple[float, float]
         for y, (share, interval) in enumerate(rows.values()):
             ax.plot([100 * end for end in interval], [y, y], color="C0", linewidth=2)
             ax.plot(100 * share, y, "o", color="C0")
-        ax.set(title=title, xlabel="percent", xlim=(0, 100), yticks=range(len(rows)), yticklabels=list(rows))
+        ax.set(title=title, xlabel="percent", yticks=range(len(rows)), yticklabels=list(rows))
     axes[0].invert_yaxis()
     figure.tight_layout()
     return figure
@@ -190,12 +191,13 @@ def learning_curve(curve: pd.DataFrame) -> Figure:
 
 
 def by_share(mean: pd.DataFrame, sd: pd.DataFrame) -> Figure:
-    """Scores in percent, columns (measure, series), by the share of complete observations: a panel a measure, a line a series.
+    """Scores in percent, columns (measure, series), by the share of complete observations: a panel a measure, a series a marker.
     sd: the bars; missing where there is one seed."""
     measures = mean.columns.unique(0)
     figure, axes = plt.subplots(1, len(measures), figsize=(3.3 * len(measures), 3.4), sharey=True)
     for ax, measure in zip(axes, measures):
-        for (series, values), style in zip(mean[measure].items(), ("o-", "s--", "^:")):
+        for (series, values), (marker, line) in zip(mean[measure].items(), ("o-", ("s", "--"), "^:")):
+            style = marker + line * (len(values) > 2)  # a line through two points would say too much
             ax.errorbar(values.index, values, sd[measure, series].fillna(0), fmt=style, capsize=3, label=series)
         ax.set(title=measure, xscale="log", ylim=(0, 100), xlabel="complete observations")
         ax.set_xticks(mean.index, [f"{share:.0%}" for share in mean.index])

@@ -19,7 +19,10 @@ MARK = "Made before the present code; to be replaced"
 SHORT = {  # the README's tables: what stands above them, how many competitors beside DMVAE (None: every row)
     "table1": ("Table 1: cross- and joint coherence", None),
     "table3": ("Table 3: ablation of DMVAE", None),
-    "table2": ("Table 2: recognition and retrieval of flowers, the best two competitors by each measure", 2),
+    "table2": (
+        "Table 2: recognition and retrieval of flowers, the two best competitors by each measure, here or in the paper",
+        2,
+    ),
 }
 DATA = {  # by a profile's source
     "embedded": "stand-ins for the paper's data: compare rows with each other, not with the paper",
@@ -109,6 +112,7 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
     if not lines:
         return "No profile has results of the present code; `make reproduce` makes them.\n"
     about = f"Percent, mean ± standard deviation over seeds, *(the paper's number)*. Profile {'; '.join(profiles.values())}."
+    about += " A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb))."
     return "\n".join([about, "", *lines])
 
 
@@ -140,13 +144,12 @@ def _small(frame: pd.DataFrame) -> str:
 
 
 def _verdicts(claims: pd.DataFrame) -> list[str]:
-    """How many of the paper's claims have each verdict, and by name those that are not confirmed; none: no lines."""
+    """The paper's claims on the table's cells (others are of its text and figures), by verdict and by name; none: no lines."""
     if "verdict" not in claims:
         return []
-    counted = claims.groupby("verdict", sort=False)["claim"].agg(list)
-    parts = []
-    for verdict, texts in sorted(counted.items(), key=lambda item: not item[0].startswith("confirmed")):
-        parts.append(f"**{len(texts)} {verdict}**" + f": {'; '.join(texts)}" * (not verdict.startswith("confirmed")))
+    counted = claims[claims["in"].str.startswith("Table")].groupby("verdict", sort=False)["claim"].agg(list)
+    confirmed_first = sorted(counted.items(), key=lambda item: not item[0].startswith("confirmed"))
+    parts = [f"**{len(texts)} {verdict}**: {'; '.join(texts)}" for verdict, texts in confirmed_first]
     return [f"The paper's claims here: {'. '.join(parts)}.", ""]
 
 

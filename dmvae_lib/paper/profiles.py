@@ -13,9 +13,9 @@ class Profile:
     """What differs between a fresh laptop and the paper's setting; everything else is the same code.
 
     source: of every data set ("embedded", "subset" or "full").
-    width: of the digit networks' hidden layers, relative to the paper's; steps, batch_size, learning_rate: of every
-        model of the digits, by Adam (a run goes on where steps are raised); anneal_steps: over which the weight of MVAE's
-        KLs rises; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
+    width: of the digit networks' hidden layers, relative to the paper's; steps, batch_size: of every model of the digits
+        (a run goes on where steps are raised); learning_rate: theirs and the field's benchmarks', by Adam;
+        anneal_steps: over which the weight of MVAE's KLs rises; particles: MMVAE's K, which has particle_steps of particle_batch pairs instead;
         classifier_steps: updates of the evaluation classifiers, strong_steps: of the strong ones, 0 for none (a strong
         judge takes a CPU longer than all of `quick`); learning_curve: numbers of SVHN training images to train DMVAE
         on, beside all; more_particles: Ks of MMVAE beside `particles`; twice: whether DMVAE is also trained for twice
@@ -26,7 +26,7 @@ class Profile:
     validate_every: updates between scores on the validation split, the curve in a run's entry, of a data set that leaves
         it out of training; 0: no curve.
     permutations: how often every item is paired; writes_results: whether the runs' entries and what is made of them go
-        to results/<name>/; gigabytes: of memory that a process needs, the data included; precision: as of `Schedule`.
+        to results/<name>/; gigabytes: of memory that a process needs, the data included; precision: of the digits' rows, as of `Schedule`.
     """
 
     name: str

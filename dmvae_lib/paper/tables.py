@@ -88,17 +88,21 @@ def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
 
     rows: as of `table`; entries without a curve of scores, or of another configuration, are left out.
     """
-    lines = []
+    lines, entries = [], ledger(setting)
     for title, row in rows.items():
-        for (name, seed), entry in ledger(setting).items():
-            if name != row.name or entry["config"] != row.config(setting.profile, seed):
-                continue
+        for seed, entry in _present(entries, row, setting).items():
             curve, batch = dict(entry["curve"]), entry["config"]["schedule"]["batch_size"]
             pairs, _ = [batch * n for n in curve.pop("updates")], curve.pop("total", None)
             for at, *shares in zip(pairs, *curve.values()) if curve else ():
                 percents = {MEASURES.get(measure, measure): 100 * share for measure, share in zip(curve, shares)}
                 lines.append({"row": title, "seed": seed, "pairs": at, **percents})
     return pd.DataFrame(lines, columns=None if lines else ["row", "seed", "pairs"]).set_index(["row", "seed", "pairs"])
+
+
+def _present(entries: Mapping[tuple[str, int], dict], row: Row, setting: Setting) -> dict[int, dict]:
+    """{seed: entry} of the row as it is now."""
+    own = {seed: entry for (name, seed), entry in entries.items() if name == row.name}
+    return {seed: entry for seed, entry in own.items() if entry["config"] == row.config(setting.profile, seed)}
 
 
 def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Percents) -> pd.DataFrame:
@@ -162,11 +166,30 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
         numbers = [
             statistics.fmean(values[seed] for seed in seeds) if seeds else float("nan") for values in (cell, than)
         ]
-        between = "" if len(seeds) < 2 else f" [{low:+.1f}, {high:+.1f}]"
-        difference = _text(mean, "+.1f") + between
+        difference = _difference(mean, low, high)
         lines.append((claim.text, claim.where, *map(_text, numbers), difference, _claimed(claim), len(seeds), verdict))
     columns = ["claim", "in", "here", "against", "difference [95 %]", "claimed", "seeds", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index("claim")
+
+
+def versus(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iterable[str]) -> pd.DataFrame:
+    """One row against another, "one − other", by each measure: the mean difference in points, paired by seed over the seeds
+    that both have, with its 95 % `interval`, and a star where zero lies outside it; "–" where no seed has both."""
+    cells: dict[str, dict[str, str]] = {}
+    for one, other in pairs:
+        for measure in measures:
+            a, b = (_of(table, (row, measure), "usual") for row in (one, other))
+            mean, low, high = interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+            decided = " *" if low > 0 or high < 0 else ""
+            cells.setdefault(MEASURES.get(measure, measure), {})[f"{one} − {other}"] = (
+                _difference(mean, low, high) + decided
+            )
+    return pd.DataFrame(cells)
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    """A mean difference in points with its interval, where it has an end."""
+    return _text(mean, "+.1f") + (f" [{low:+.1f}, {high:+.1f}]" if low > -float("inf") else "")
 
 
 def _claimed(claim: Claim) -> str:
@@ -253,9 +276,14 @@ def median(runs: Iterable[Run]) -> Run:
 
 
 def which(run: Run) -> str:
-    """How a caption names the run that `median` chose among the setting's seeds."""
-    n = run.setting.seeds
-    return f"seed {run.seed}, " + (f"the median of {n} by their scores" if n > 1 else "the only one here")
+    """How a caption names a run: its seed, and its place by score (as of `median`) among the ledger's runs of the row."""
+    entries = _present(ledger(run.setting), run.row, run.setting) | {run.seed: run.entry}
+    scores = {seed: statistics.fmean(entry["scores"].values()) for seed, entry in entries.items()}
+    n, place = len(scores), sorted(scores, key=lambda seed: scores[seed]).index(run.seed)
+    if n == 1:
+        return f"seed {run.seed}, the only one here"
+    by_place = {0: "the lowest", n - 1: "the highest", (n - 1) // 2: "the median"}
+    return f"seed {run.seed}, {by_place.get(place, f'number {place + 1} from below')} of {n} by their scores"
 
 
 # --- results/ ---------------------------------------------------------------------------------------------------------

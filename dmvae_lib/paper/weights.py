@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -86,17 +87,17 @@ def publish(row: Row, place: Setting, paper: Mapping[str, float]) -> Path:
         raise DMVAEError(f"{where} as it is now: `make reproduce PROFILE={place.profile.name}` makes it.")
     run = median([Run(row, seed, place) for seed in seeds])
     name = f"dmvae-{row.data.name}"
-    folder, model = place.results / "models" / name, run.train().model
+    folder, model, loaded = place.results / "models" / name, run.train().model, replace(run)
     model.about |= {"run": run.config, "data": run.entry["data"]}
-    model.save(folder, torch.float16)
-
-    loaded = replace(run)
-    loaded.__dict__["model"] = pretrained(folder, row).to(resolve_device(place.device))
+    with TemporaryDirectory() as tried:
+        model.save(tried, torch.float16)
+        loaded.__dict__["model"] = pretrained(tried, row).to(resolve_device(place.device))
     scores = row.evaluate(loaded)["scores"]
     if far := [measure for measure, share in scores.items() if abs(share - run.scores[measure]) > WITHIN]:
         raise DMVAEError(
             f"{folder}: in float16 {', '.join(far)} is not the run's within {WITHIN:.1%}; it is not published."
         )
+    model.save(folder, torch.float16)
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(_card(name, run, scores, found.loc[row.title], folder), "utf-8")
     return folder

@@ -1,7 +1,6 @@
 """What a data set is: one object that says its name, modalities, loader, networks and weights.
 
-`dmvae_lib.paper.data.digits.MNIST_SVHN` and `dmvae_lib.paper.data.flowers.FLOWERS` are the paper's two; nothing else
-in the library names a data set or its modalities.
+`dmvae_lib.paper.data.digits.MNIST_SVHN` and `dmvae_lib.paper.data.flowers.FLOWERS` are the paper's two.
 """
 
 from __future__ import annotations

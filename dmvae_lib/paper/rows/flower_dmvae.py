@@ -36,22 +36,23 @@ class FlowerDMVAE(DMVAE):
         token_dim: int,
         hidden: int,
         weights: Mapping[str, float],
-        matching: float = 1.0,
+        matching: float,
         evidence: bool = True,
         private_dims: Mapping[str, int] = PRIVATE_DIMS,
         without: Iterable[str] = (),
+        shared_dim: int = SHARED_DIM,
     ):
         if matching < 0 or not (matching or evidence):
             raise DMVAEError(f"FlowerDMVAE: {matching=}, {evidence=}; expected a weight >= 0 and one of them.")
 
         def modality(name: str, dim: int, features: TextFeatures | None = None) -> Modality:
-            sizes = dim, private_dims[name], SHARED_DIM
+            sizes = dim, private_dims[name], shared_dim
             made = feature_encoder(*sizes), feature_decoder(*sizes, hidden)
             return Modality(*made, private_dims[name], weights[name], "gaussian", features)
 
         image = modality("image", image_dim)
         text = modality("text", 2 * hidden, TextFeatures(token_dim, hidden))
-        super().__init__({"image": image, "text": text}, SHARED_DIM, without)
+        super().__init__({"image": image, "text": text}, shared_dim, without)
         self.matching, self.evidence = matching, evidence
         self.arguments |= {"image_dim": image_dim, "token_dim": token_dim, "hidden": hidden, "matching": matching}
         self.arguments |= {"private_dims": dict(private_dims), "weights": dict(weights), "evidence": evidence}

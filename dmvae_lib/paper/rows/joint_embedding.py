@@ -1,6 +1,6 @@
 """What the rows of Table 2 share: images and captions in one space, compared by cosine, and losses of several rows.
 
-A row is an nn.Module with `embed_image`, `embed_text` and `loss(batch, labels, beta=1.0)` for a batch {"image", "text"}
+A row's model is an nn.Module with `embed_image`, `embed_text` and `loss(batch, labels, beta=1.0)` for a batch {"image", "text"}
 of pairs; GMM+HGLMM has `fit` in place of a loss, and IATV has `match`, a second stage that judges pairs. Its `build`
 makes it for the data's features and classes, of `retrieval_hidden` dimensions and LSTM states, or channels.
 """

@@ -93,7 +93,7 @@ def judges(setting: Setting) -> dict[str, Run]:
 
 def first(pairs: PairedData, n: int) -> PairedData:
     """The first n observations, or all if there are fewer."""
-    return PairedData(pairs.items, {name: index[:n] for name, index in pairs.index.items()}, pairs.item_labels)
+    return pairs.select(torch.arange(min(n, len(pairs))))
 
 
 def features(judge: nn.Sequential, images: Tensor) -> Tensor:

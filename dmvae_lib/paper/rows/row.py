@@ -37,7 +37,7 @@ class Row:
         the profile's value. `weights`, lambda of Eq. 3, come from the data set where `build` takes them.
     select(splits): what it is trained on. fit(model, pairs, seed): in place of training by gradients.
     version: raised when the row's mathematics changes, so that its runs are trained again. So does whatever else is in
-        `config`; what `select` and `evaluate` do is not, and belongs into the name or the version.
+        `config`; what the row's functions do is not, and belongs into the name or the version.
 
     Raises DMVAEError for a name unfit for a file, and for options that `build` does not take or lacks.
     """
@@ -67,8 +67,8 @@ class Row:
                 f"row {self.name!r}: {self.build.__name__} does not use {', '.join(sorted(unused))}; "
                 f"its options are {', '.join(takes)}."
             )
-        lacking = [name for name, part in takes.items() if part.default is part.empty and name not in given]
-        if lacking := [name for name in lacking if name != "weights"]:
+        needed = {name for name, part in takes.items() if part.default is part.empty} - {"weights"}
+        if lacking := [name for name in takes if name in needed - given]:
             raise DMVAEError(f"row {self.name!r}: {self.build.__name__} needs {', '.join(lacking)}; add it to options.")
 
     def _build_takes(self) -> dict[str, inspect.Parameter]:
