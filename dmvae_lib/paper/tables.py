@@ -324,6 +324,8 @@ class Results:
         """name.csv and name.md of any other table; returns it."""
         caption = f"{caption} Profile {self.setting.profile.name}."
         flat = frame.reset_index() if frame.index.nlevels > 1 else frame  # tabulate writes a MultiIndex as tuples
+        if frame.columns.nlevels > 1:
+            flat = flat.set_axis([", ".join(filter(None, column)) for column in flat.columns], axis=1)
         shown = flat.to_markdown(index=flat is frame, disable_numparse=True)
         self._keep(name, caption, runs, {"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"})
         return frame
