@@ -321,3 +321,10 @@ def test_curves_are_the_validation_scores_of_the_ledger_by_pairs_seen(tmp_path):
     assert found.loc[("toys", 0, 400)].tolist() == [100 * entry["curve"][name][-1] for name in entry["scores"]]
     assert len(by_pairs(found).axes) == 3
     assert curves_of({"toys": ROW}, place_in(tmp_path / "none")).empty
+
+
+def test_a_frame_of_two_header_lines_is_written_with_one(place):
+    columns = pd.MultiIndex.from_tuples([("Joint", "usual"), ("Joint", "strong")])
+    Results(place, "n").frame("judged", pd.DataFrame([[1, 2]], ["One"], columns), "Two judges.")
+    table = (place.results / "judged.md").read_text().split("\n\n")[1].splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == ["", "Joint, usual", "Joint, strong"]
