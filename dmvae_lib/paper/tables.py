@@ -326,7 +326,7 @@ class Results:
         flat = frame.reset_index() if frame.index.nlevels > 1 else frame  # tabulate writes a MultiIndex as tuples
         if frame.columns.nlevels > 1:
             flat = flat.set_axis([", ".join(filter(None, column)) for column in flat.columns], axis=1)
-        shown = flat.to_markdown(index=flat is frame, disable_numparse=True)
+        shown = flat.to_markdown(index=frame.index.nlevels == 1, disable_numparse=True)
         self._keep(name, caption, runs, {"csv": frame.to_csv(), "md": f"{caption}\n\n{shown}\n"})
         return frame
 
