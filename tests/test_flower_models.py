@@ -858,3 +858,10 @@ BATCH, LABELS = small_batch()
 def test_bad_input_is_named(call, message):
     with pytest.raises(DMVAEError, match=message):
         call()
+
+
+def test_the_flowers_dmvae_is_loaded_by_its_class(tmp_path):
+    model = FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 6, WEIGHTS, private_dims={"image": 2, "text": 1})
+    model.save(tmp_path)
+    again = FlowerDMVAE.load(tmp_path).state_dict()
+    assert all(torch.equal(again[name], values) for name, values in model.state_dict().items())

@@ -436,3 +436,5 @@ def test_a_saved_model_of_the_paper_needs_no_row(tmp_path):
     model.save(tmp_path)
     with pytest.raises(DMVAEError, match="holds a model that no row made, or load it with MMVAE.load"):
         pretrained(tmp_path)
+    with pytest.raises(DMVAEError, match="does not say its arguments, classes, shapes"):
+        pretrained(tmp_path, TABLE1["MMVAE"])

@@ -61,8 +61,11 @@ def test_a_run_that_is_not_here_takes_the_published_weights_and_trains_nothing(p
 
 def test_weights_that_half_precision_spoils_are_not_published(place, monkeypatch):
     monkeypatch.setattr(weights, "WITHIN", -1.0)
+    folder = place.results / "models" / "dmvae-toy"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(DMVAEError, match="in float16 left->top, top->left, joint is not the run's"):
         weights.publish(ROW, place, PAPER)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # what is there stays
 
 
 def test_a_row_without_entries_is_named(tmp_path):

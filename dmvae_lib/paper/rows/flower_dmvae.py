@@ -36,7 +36,7 @@ class FlowerDMVAE(DMVAE):
         token_dim: int,
         hidden: int,
         weights: Mapping[str, float],
-        matching: float,
+        matching: float = 1.0,
         evidence: bool = True,
         private_dims: Mapping[str, int] = PRIVATE_DIMS,
         without: Iterable[str] = (),
