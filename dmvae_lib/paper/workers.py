@@ -29,8 +29,8 @@ def train_all(runs: Sequence[Run], scheduler: str | None = None) -> None:
     others from being trained. Raises DMVAEError, in the end, that names every failure by row and seed.
     """
     runs = list({(run.row.name, run.seed): run for run in runs}.values())
-    if scheduler == "auto" and runs:
-        scheduler = of_this_machine(runs[0].setting)
+    if scheduler == "auto":
+        scheduler = of_this_machine(runs[0].setting) if runs else None
     if scheduler:
         return train(runs, scheduler)
     failures = []
