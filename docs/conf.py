@@ -42,7 +42,12 @@ project = "dmvae_lib"
 author = "The dmvae_lib authors"
 root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "notebooks/[0-9]*.ipynb"]
-include_patterns += ["results/*/models/*/README.md", "results/quick/benchmark.md", "results/quick/runs_per_hour.md"]
+include_patterns += [
+    "results/*/models/*/README.md",
+    "results/quick/benchmark.md",
+    "results/quick/runs_per_hour.md",
+    "results/subset/parity.md",
+]
 include_patterns += ["results/README.md", "results/*/README.md", "results/*/notebooks/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs", "data"]  # not even looked into
 suppress_warnings = ["toc.not_included"]  # those of a profile are reached from results/
