@@ -151,6 +151,8 @@ def test_auto_trains_by_what_is_best_here(tmp_path, monkeypatch, best, by):
     monkeypatch.setattr(Run, "train", lambda run: trained.append("this process"))
     train_all([Run(ROW, 0, place_in(tmp_path))], "auto")
     assert trained == [by]
+    train_all([], "auto")
+    assert trained == [by]
 
 
 def test_local_workers_have_a_core_each_and_leave_the_environment_alone(monkeypatch):

@@ -159,8 +159,7 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
         row, measure = claim.cell
         other = (row, f"chance of {measure}") if isinstance(claim.than, str) else claim.than
         cell, than = _of(table, claim.cell, judge), _of(table, other, judge)
-        seeds = sorted(cell.keys() & than.keys())
-        mean, low, high = interval([cell[seed] - than[seed] for seed in seeds])
+        seeds, mean, low, high = _paired(cell, than)
         inside, outside = claim.low <= low and high <= claim.high, high <= claim.low or claim.high <= low
         verdict = "not measured" if not seeds else CONFIRMED if inside else REFUTED if outside else OPEN
         numbers = [
@@ -178,13 +177,18 @@ def versus(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iter
     cells: dict[str, dict[str, str]] = {}
     for one, other in pairs:
         for measure in measures:
-            a, b = (_of(table, (row, measure), "usual") for row in (one, other))
-            mean, low, high = interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+            _, mean, low, high = _paired(*(_of(table, (row, measure), "usual") for row in (one, other)))
             decided = " *" if low > 0 or high < 0 else ""
             cells.setdefault(MEASURES.get(measure, measure), {})[f"{one} − {other}"] = (
                 _difference(mean, low, high) + decided
             )
     return pd.DataFrame(cells)
+
+
+def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[list[int], float, float, float]:
+    """(the seeds that both have, and one - other over them as `interval` gives it)."""
+    seeds = sorted(one.keys() & other.keys())
+    return seeds, *interval([one[seed] - other[seed] for seed in seeds])
 
 
 def _difference(mean: float, low: float, high: float) -> str:

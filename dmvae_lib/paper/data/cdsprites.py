@@ -152,7 +152,7 @@ def _level(level: int) -> DataSet:
         modalities=("image", "caption"),
         load=partial(load, level=level),
         networks=partial(build_networks, level=level),
-        # An image has 12,288 values, a caption 189 (level 1) or 351 (level 2): a ratio of 65 or 35.
+        # An image has 12,288 values, a caption 189 (level 1) or 351 (level 2): 65 or 35 to one, the weight near the latter.
         weights={source: {"image": 1.0, "caption": 30.0} for source in SOURCES},
         classifier=partial(classifier, level=level),
     )

@@ -28,6 +28,7 @@ class FlowerDMVAE(DMVAE):
         Gaussian likelihoods of unit variance summed over the feature. matching: weight of Eq. 4; 0 leaves it out.
         evidence: False leaves Eq. 3 out, so that matching alone trains the encoders. without: terms of Eq. 3 to leave
         out, such as CROSS_TERMS. private_dims: of image and text; zeros for both are the model without private spaces.
+        shared_dim: of the space that both embed into.
     """
 
     def __init__(
