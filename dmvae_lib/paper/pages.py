@@ -102,10 +102,11 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
             if (frame := _csv(folder, entries, name)) is None:
                 continue
             profiles[profile] = f"`{profile}` ({DATA[PROFILES[profile].source]})"
-            low, high = int(frame["seeds"].min()), int(frame["seeds"].max())
+            shown = _papers(frame, best)
+            low, high = int(shown["seeds"].min()), int(shown["seeds"].max())
             seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
             head = f"**[{title}](results/{profile}/README.md#{name})** (profile `{profile}`, {seeds})."
-            lines += [head, "", _small(_papers(frame, best)), ""]
+            lines += [head, "", _small(shown), ""]
             if (claims := _csv(folder, entries, f"{name}_claims")) is not None:
                 lines += _verdicts(claims)
             break

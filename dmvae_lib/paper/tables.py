@@ -90,7 +90,7 @@ def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
     """
     lines, entries = [], ledger(setting)
     for title, row in rows.items():
-        for seed, entry in _present(entries, row, setting).items():
+        for seed, entry in present(entries, row, setting).items():
             curve, batch = dict(entry["curve"]), entry["config"]["schedule"]["batch_size"]
             pairs, _ = [batch * n for n in curve.pop("updates")], curve.pop("total", None)
             for at, *shares in zip(pairs, *curve.values()) if curve else ():
@@ -99,8 +99,8 @@ def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=None if lines else ["row", "seed", "pairs"]).set_index(["row", "seed", "pairs"])
 
 
-def _present(entries: Mapping[tuple[str, int], dict], row: Row, setting: Setting) -> dict[int, dict]:
-    """{seed: entry} of the row as it is now."""
+def present(entries: Mapping[tuple[str, int], dict], row: Row, setting: Setting) -> dict[int, dict]:
+    """{seed: entry} of the `ledger`'s entries of the row as it is now."""
     own = {seed: entry for (name, seed), entry in entries.items() if name == row.name}
     return {seed: entry for seed, entry in own.items() if entry["config"] == row.config(setting.profile, seed)}
 
@@ -159,41 +159,60 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
         row, measure = claim.cell
         other = (row, f"chance of {measure}") if isinstance(claim.than, str) else claim.than
         cell, than = _of(table, claim.cell, judge), _of(table, other, judge)
-        seeds, mean, low, high = _paired(cell, than)
-        inside, outside = claim.low <= low and high <= claim.high, high <= claim.low or claim.high <= low
+        found = _paired(cell, than)
+        seeds = found.seeds
+        inside = claim.low <= found.low and found.high <= claim.high
+        outside = found.high <= claim.low or claim.high <= found.low
         verdict = "not measured" if not seeds else CONFIRMED if inside else REFUTED if outside else OPEN
         numbers = [
             statistics.fmean(values[seed] for seed in seeds) if seeds else float("nan") for values in (cell, than)
         ]
-        difference = _difference(mean, low, high)
-        lines.append((claim.text, claim.where, *map(_text, numbers), difference, _claimed(claim), len(seeds), verdict))
+        lines.append((claim.text, claim.where, *map(_text, numbers), found.text, _claimed(claim), len(seeds), verdict))
     columns = ["claim", "in", "here", "against", "difference [95 %]", "claimed", "seeds", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index("claim")
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference in points over `seeds`, with its 95 % interval; as text "+1.0 [+0.5, +1.5] *"."""
+
+    seeds: tuple[int, ...]
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def decided(self) -> bool:
+        """Whether zero lies outside the interval: the star."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def text(self) -> str:
+        """Without the star."""
+        within = f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low > -float("inf") else ""
+        return _text(self.mean, "+.1f") + within
+
+    def __str__(self) -> str:
+        return self.text + " *" * self.decided
+
+
 def versus(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iterable[str]) -> pd.DataFrame:
-    """One row against another, "one − other", by each measure: the mean difference in points, paired by seed over the seeds
-    that both have, with its 95 % `interval`, and a star where zero lies outside it; "–" where no seed has both."""
-    cells: dict[str, dict[str, str]] = {}
-    for one, other in pairs:
-        for measure in measures:
-            _, mean, low, high = _paired(*(_of(table, (row, measure), "usual") for row in (one, other)))
-            decided = " *" if low > 0 or high < 0 else ""
-            cells.setdefault(MEASURES.get(measure, measure), {})[f"{one} − {other}"] = (
-                _difference(mean, low, high) + decided
-            )
-    return pd.DataFrame(cells)
+    """One row against another, "one − other", by each measure: the `Difference` paired by seed over the seeds that both
+    have; "–" where no seed has both."""
+    cells = {
+        f"{one} − {other}": {
+            MEASURES.get(measure, measure): _paired(*(_of(table, (row, measure), "usual") for row in (one, other)))
+            for measure in measures
+        }
+        for one, other in pairs
+    }
+    return pd.DataFrame(cells).T
 
 
-def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[list[int], float, float, float]:
-    """(the seeds that both have, and one - other over them as `interval` gives it)."""
+def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """one - other, over the seeds that both have."""
     seeds = sorted(one.keys() & other.keys())
-    return seeds, *interval([one[seed] - other[seed] for seed in seeds])
-
-
-def _difference(mean: float, low: float, high: float) -> str:
-    """A mean difference in points with its interval, where it has an end."""
-    return _text(mean, "+.1f") + (f" [{low:+.1f}, {high:+.1f}]" if low > -float("inf") else "")
+    return Difference(tuple(seeds), *interval([one[seed] - other[seed] for seed in seeds]))
 
 
 def _claimed(claim: Claim) -> str:
@@ -260,7 +279,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
     n = len(differences)
     mean = statistics.fmean(differences) if n else float("nan")
-    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5 if n > 1 else float("inf")
     return mean, mean - half, mean + half
 
 
@@ -281,7 +300,7 @@ def median(runs: Iterable[Run]) -> Run:
 
 def which(run: Run) -> str:
     """How a caption names a run: its seed, and its place by score (as of `median`) among the ledger's runs of the row."""
-    entries = _present(ledger(run.setting), run.row, run.setting) | {run.seed: run.entry}
+    entries = present(ledger(run.setting), run.row, run.setting) | {run.seed: run.entry}
     scores = {seed: statistics.fmean(entry["scores"].values()) for seed, entry in entries.items()}
     n, place = len(scores), sorted(scores, key=lambda seed: scores[seed]).index(run.seed)
     if n == 1:
