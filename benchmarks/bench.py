@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -325,10 +325,17 @@ def runs_per_hour(steps: int, found: Sequence[Mapping[str, float]]) -> float:
     return sum(3_600 / (steps * process["seconds per update"]) for process in found)
 
 
-def ways_to_fill_a_table(profile: Profile, device: str, cores: int) -> dict[str, float]:
-    """Runs per hour of the profile's DMVAE: one process with a thread for each core, or a process on each core."""
+def alone_and_together(
+    profile: Profile, device: str, cores: int, who: Iterable[str]
+) -> tuple[list[float], pd.DataFrame]:
+    """(peak MB of each contestant in one process of a thread for each core; its runs per hour, of the profile's length,
+    so and, on a CPU, in a process on each core)."""
     ways = {f"1 process of {cores} threads": (1, cores), f"{cores} processes of 1 thread": (cores, 1)}
-    return {way: runs_per_hour(profile.steps, side_by_side(*of, profile.name, device)) for way, of in ways.items()}
+    if resolve_device(device).type == "cuda":
+        del ways[f"{cores} processes of 1 thread"]  # gpu.py measures these
+    found = {name: {way: side_by_side(*of, profile.name, device, name) for way, of in ways.items()} for name in who}
+    peaks = [of[f"1 process of {cores} threads"][0]["peak MB"] for of in found.values()]
+    return peaks, pd.DataFrame(found).map(partial(runs_per_hour, profile.steps)).T.rename_axis("trainer")
 
 
 def bars(table: pd.DataFrame, device: str) -> Figure:
@@ -362,16 +369,12 @@ def main() -> None:
             print(json.dumps(alone(*options.alone, options.device)))
             return
         device = resolve_device(options.device)
-        who, cores, tables, ways = contestants(device), os.cpu_count() or 1, {}, {}
+        who, cores, tables, rates = contestants(device), os.cpu_count() or 1, {}, {}
         for missing in {THEIRS} - who.keys():
             print(f"{missing} is left out; `pip install multivae` brings it.", file=sys.stderr)
         for profile in map(get_profile, NETWORKS):
             tables[profile.name] = table = measure(profile, random_pairs(profile), device, who)
-            table["peak MB"] = [
-                side_by_side(1, cores, profile.name, options.device, name)[0]["peak MB"] for name in who
-            ]
-            if device.type == "cpu":
-                ways[profile.name] = ways_to_fill_a_table(profile, options.device, cores)
+            table["peak MB"], rates[profile.name] = alone_and_together(profile, options.device, cores, who)
         place = setting("quick", device=options.device)
     except DMVAEError as error:
         sys.exit(f"\n{error}")
@@ -388,9 +391,9 @@ def main() -> None:
     results.frame("benchmark", table.round(3), caption)
     results.figure("benchmark_bars", bars(table, where(device)), caption)
     print(f"{caption}\n{table.round(2).to_string()}")
-    if ways:
-        words = f"Runs of DMVAE in an hour on {where(device)}, evaluation aside: how tables are filled fastest."
-        print(f"{words}\n{results.frame('runs_per_hour', pd.DataFrame(ways).T.round(2), words).to_string()}")
+    per_hour = pd.concat(rates, names=["networks"])
+    words = f"Runs of DMVAE in an hour on {where(device)}, of the profile's length, evaluation aside: how tables are filled fastest."
+    print(f"{words}\n{results.frame('runs_per_hour', per_hour.round(2), words).to_string()}")
 
 
 if __name__ == "__main__":

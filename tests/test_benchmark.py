@@ -101,6 +101,16 @@ def test_processes_side_by_side_fill_tables_by_the_sum_of_their_rates():
         bench.side_by_side(1, 1, "smoke", "cpu", "nobody")
 
 
+def test_every_contestant_is_measured_in_one_process_and_in_one_on_each_core(monkeypatch):
+    times = {(1, 4): 0.5, (4, 1): 1.0}
+    found = lambda n, threads, *_: n * [{"seconds per update": times[n, threads], "peak MB": 7.0}]  # noqa: E731
+    monkeypatch.setattr(bench, "side_by_side", found)
+    peaks, per_hour = bench.alone_and_together(SMALL, "cpu", 4, ["ours", "theirs"])
+    assert peaks == [7.0, 7.0] and list(per_hour.index) == ["ours", "theirs"]
+    one, each = (3_600 / SMALL.steps * rate for rate in (2, 4))
+    assert per_hour.loc["ours"].to_dict() == {"1 process of 4 threads": one, "4 processes of 1 thread": each}
+
+
 def test_what_comes_before_the_first_update_is_not_its_time(monkeypatch):
     monkeypatch.setattr(bench, "seconds", lambda work, device: work())
     assert bench.seconds_per_update(lambda n: 7 + 0.5 * n, 10, CPU) == 0.5
