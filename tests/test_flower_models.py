@@ -35,13 +35,13 @@ IMAGE_DIM, TOKEN_DIM, STEPS = 12, 8, 9
 CLASSES = (41, 43, 50, 77)
 WEIGHTS = {"image": 0.5, "text": 1.5}
 SMALL = {
-    "Word2Vec": lambda: word2vec(IMAGE_DIM, TOKEN_DIM, dim=10),
-    "WordCNN": lambda: word_cnn(IMAGE_DIM, TOKEN_DIM, dim=10),
-    "WordCNNRNN": lambda: word_cnn_rnn(IMAGE_DIM, TOKEN_DIM, dim=10),
+    "Word2Vec": lambda: word2vec(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
+    "WordCNN": lambda: word_cnn(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
+    "WordCNNRNN": lambda: word_cnn_rnn(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
     "Triplet": lambda: Triplet(IMAGE_DIM, TOKEN_DIM, dim=10, margin=0.2),
-    "IATV": lambda: IATV(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10),
+    "IATV": lambda: IATV(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, temperature=0.1),
     "CMPMCMPC": lambda: CMPMCMPC(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, classification=1.5),
-    "TIMAM": lambda: TIMAM(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10),
+    "TIMAM": lambda: TIMAM(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, adversarial=0.1),
     "FlowerDMVAE": lambda: FlowerDMVAE(IMAGE_DIM, TOKEN_DIM, 6, WEIGHTS, private_dims={"image": 2, "text": 1}),
 }
 

@@ -31,7 +31,7 @@ class CMPMCMPC(LSTMEmbedding):
     classes: the labels that occur in training. Zhang & Lu train the image network too; here its feature is fixed.
     """
 
-    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int, classification: float = 1.0):
+    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int, classification: float):
         super().__init__(image_dim, token_dim, dim)
         self.image = nn.Sequential(self.image, nn.BatchNorm1d(dim))
         self.text.append(nn.BatchNorm1d(dim))

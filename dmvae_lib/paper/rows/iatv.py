@@ -62,7 +62,7 @@ class IATV(LSTMEmbedding):
         token_dim: int,
         classes: Sequence[int],
         dim: int,
-        temperature: float = 0.1,
+        temperature: float,
     ):
         super().__init__(image_dim, token_dim, dim)
         self.co_attention = CoAttention(image_dim, token_dim, MATCH_DIM)

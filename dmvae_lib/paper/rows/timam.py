@@ -34,7 +34,7 @@ class TIMAM(LSTMEmbedding):
         token_dim: int,
         classes: Sequence[int],
         dim: int,
-        adversarial: float = 0.1,
+        adversarial: float,
     ):
         super().__init__(image_dim, token_dim, dim)
         self.classifier = IdentityClassifier(classes, dim)

@@ -17,7 +17,7 @@ class MeanWord(nn.Module):
         return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def word2vec(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
+def word2vec(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
     """Linear maps of the image feature and of the mean of the token embeddings that every row gets, not word2vec's.
 
     Reed et al. leave the image feature as it is; here, as in every row, a linear map brings it to `dim`, so that rows

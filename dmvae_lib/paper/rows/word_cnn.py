@@ -35,7 +35,7 @@ class ConvolutionalText(nn.Module):
         return self.head(self.convolutions(tokens)[0].amax(1))  # after ReLU no state is below the padding's zero
 
 
-def word_cnn(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
+def word_cnn(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
     """Reed et al. convolve one-hot words in three layers, pool over time by three after the second and flatten 30 words;
     here two layers read the token embeddings that every row gets, and the maximum over time replaces pooling and
     flattening, so that padding changes nothing. The image side is linear, as in every row (`word2vec`).

@@ -26,7 +26,7 @@ class RecurrentText(nn.Module):
         return self.head(states.sum(1) / mask.sum(1, keepdim=True))
 
 
-def word_cnn_rnn(image_dim: int, token_dim: int, dim: int, margin: float = 1.0) -> JointEmbedding:
+def word_cnn_rnn(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
     """As `word_cnn`, its simplifications included, with a GRU before the average over time, where Reed et al. use a
     plain recurrent network over a third of the time steps.
     """
