@@ -321,6 +321,7 @@ def test_curves_are_the_validation_scores_of_the_ledger_by_pairs_seen(tmp_path):
     found = curves_of({"toys": ROW, "never trained": replace(ROW, name="toy-other")}, place)
     assert list(found.index) == [("toys", 0, 200), ("toys", 0, 400)]  # batches of 10
     assert found.loc[("toys", 0, 400)].tolist() == [100 * entry["curve"][name][-1] for name in entry["scores"]]
+    assert found.attrs["runs"] == [f"{ROW.name}-0.json"]
     assert len(by_pairs(found).axes) == 3
     assert curves_of({"toys": ROW}, place_in(tmp_path / "none")).empty
 

@@ -86,17 +86,21 @@ def table(
 def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
     """The validation scores of the ledger's entries as they were trained: a line per (row, seed, pairs seen), percent.
 
-    rows: as of `table`; entries without a curve of scores, or of another configuration, are left out.
+    rows: as of `table`; entries without a curve of scores, or of another configuration, are left out. `.attrs` has the
+    ledger's files in it, "runs".
     """
-    lines, entries = [], ledger(setting)
+    lines, entries, used = [], ledger(setting), []
     for title, row in rows.items():
         for seed, entry in present(entries, row, setting).items():
             curve, batch = dict(entry["curve"]), entry["config"]["schedule"]["batch_size"]
             pairs, _ = [batch * n for n in curve.pop("updates")], curve.pop("total", None)
+            used += [f"{row.name}-{seed}.json"] if curve else []
             for at, *shares in zip(pairs, *curve.values()) if curve else ():
                 percents = {MEASURES.get(measure, measure): 100 * share for measure, share in zip(curve, shares)}
                 lines.append({"row": title, "seed": seed, "pairs": at, **percents})
-    return pd.DataFrame(lines, columns=None if lines else ["row", "seed", "pairs"]).set_index(["row", "seed", "pairs"])
+    made = pd.DataFrame(lines, columns=None if lines else ["row", "seed", "pairs"]).set_index(["row", "seed", "pairs"])
+    made.attrs["runs"] = used
+    return made
 
 
 def present(entries: Mapping[tuple[str, int], dict], row: Row, setting: Setting) -> dict[int, dict]:
