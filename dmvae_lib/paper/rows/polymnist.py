@@ -32,8 +32,8 @@ def tuples(profile: Profile) -> Schedule:
 
 
 def annealed(profile: Profile) -> Schedule:
-    """The weight of the KLs rises during the first half (MVAE)."""
-    return replace(tuples(profile), anneal_steps=profile.tuple_steps // 2)
+    """The weight of the KLs rises at first (MVAE)."""
+    return replace(tuples(profile), anneal_steps=profile.tuple_anneal_steps)
 
 
 def one_source(
