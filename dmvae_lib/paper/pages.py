@@ -162,12 +162,11 @@ def index(results: Path) -> str:
     lines = [INTRODUCTION]
     for profile, entries in reversed(_manifests(results).items()):
         lines += [f"## Profile `{profile}`", ""]
-        if old := [name for name, entry in entries.items() if _old(entry)]:
-            lines += [f"**{MARK}**: {'all of it' if len(old) == len(entries) else ', '.join(old)}.", ""]
         for name, entry in sorted(entries.items(), key=lambda item: item[0] not in SHORT):
             frame = _csv(results / profile, entries, name) if f"{name}.tex" in entry["files"] else None
             if frame is not None:  # beside the paper's numbers
-                lines += [f"**[{name}]({profile}/README.md#{name})** {entry['caption']}", "", _small(frame), ""]
+                about = entry["caption"] + f" **{MARK}.**" * _old(entry)
+                lines += [f"**[{name}]({profile}/README.md#{name})** {about}", "", _small(frame), ""]
         lines += ["| | what it shows, SHA-256, BibTeX key, runs (seeds) |", "|---|---|"]
         lines += [_line(results, profile, name, entry) for name, entry in entries.items()]
         lines.append("")
@@ -180,6 +179,7 @@ def _line(results: Path, profile: str, name: str, entry: Mapping) -> str:
     short = re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|")
     changed = [f for f, expected in entry["files"].items() if not _is(results / profile / f, expected)]
     parts = [f"**[{name}]({profile}/README.md#{name})** {short}", f"`{digest[:12]}`", f"`{_key(profile, name)}`"]
+    parts += [f"**{MARK}**"] * _old(entry)
     parts += [f"**changed since: {', '.join(changed)}**"] if changed else []
     return f"| {picture} | {' · '.join([*parts, *_runs(entry, f'{profile}/runs')])} |"
 
