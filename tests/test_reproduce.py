@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -229,22 +230,28 @@ def test_an_executed_notebook_has_its_outputs_and_nothing_of_when_and_where(plac
     monkeypatch.setattr(reproduce, "write_pages", lambda results: None)
     cells = [
         nbformat.v4.new_code_cell("profile = 'quick'\nseeds = 1", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_markdown_cell("![a picture](../docs/figures/model.svg)"),
+        nbformat.v4.new_markdown_cell(
+            "![a picture](../docs/figures/model.svg), [itself](01_one.ipynb#top), [away](gone.md)"
+        ),
         nbformat.v4.new_code_cell("import sys\nprint(profile, seeds)\nprint('slow', file=sys.stderr)\nprint('end')"),
     ]
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=PYTHON), tmp_path / "notebooks" / "01_one.ipynb")
+    for folder in ("notebooks", "docs/figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "docs" / "figures" / "model.svg").touch()
+    source = tmp_path / "notebooks" / "01_one.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=PYTHON), source)
     place = replace(place, seeds=2, data=tmp_path / "data")
     reproduce.execute_all(place)
     made = nbformat.read(place.results / "notebooks" / "01_one.ipynb", as_version=4)
     (output,) = made.cells[-1].outputs
     assert output.text == "quick 2\nend\n"
-    (link,) = [cell.source for cell in made.cells if cell.cell_type == "markdown"]
-    found = place.results / "notebooks" / link.split("(")[1].rstrip(")")
-    assert found.resolve() == (tmp_path / "docs" / "figures" / "model.svg").resolve(), "links follow the notebook"
+    (links,) = [cell.source for cell in made.cells if cell.cell_type == "markdown"]
+    picture, itself, away = re.findall(r"\((.*?)\)", links)
+    executed = place.results / "notebooks" / "01_one.ipynb"
+    assert (executed.parent / picture).resolve() == (tmp_path / "docs" / "figures" / "model.svg").resolve()
+    assert (executed.parent / itself).resolve() == source.resolve().with_name("01_one.ipynb#top") and away == "gone.md"
+    assert reproduce.relinked(links, executed, source) == cells[1].source, "and back"
     text = json.dumps(made)
-    back = reproduce.relinked(link, place.results / "notebooks" / "01_one.ipynb", tmp_path / "notebooks" / "a.ipynb")
-    assert back == "![a picture](../docs/figures/model.svg)"
     assert "papermill" not in text and '"execution"' not in text and str(tmp_path) not in text
 
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,9 +133,13 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
 
 
 def relinked(text: str, source: Path, target: Path) -> str:
-    """A notebook's JSON at `target`, where it was at `source`: Markdown links to the project's other files follow."""
-    before, after = (os.path.relpath(project_folder(), path.parent) for path in (source, target))
-    return text.replace(f"]({before}/", f"]({after}/")
+    """A notebook's JSON at `target`, where it was at `source`: Markdown links to the files beside it and around follow."""
+
+    def moved(link: re.Match) -> str:
+        path = source.parent / link[1]
+        return f"]({os.path.relpath(path, target.parent)}" if path.exists() else link[0]
+
+    return re.sub(r"\]\(([\w./-]+)", moved, text)
 
 
 def prepare(folder: Path) -> None:
