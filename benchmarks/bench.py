@@ -330,11 +330,12 @@ def alone_and_together(
 ) -> tuple[list[float], pd.DataFrame]:
     """(peak MB of each contestant in one process of a thread for each core; its runs per hour, of the profile's length,
     so and, on a CPU, in a process on each core)."""
-    ways = {f"1 process of {cores} threads": (1, cores), f"{cores} processes of 1 thread": (cores, 1)}
-    if resolve_device(device).type == "cuda":
-        del ways[f"{cores} processes of 1 thread"]  # gpu.py measures these
+    one, each = f"1 process of {cores} threads", f"{cores} processes of 1 thread"
+    ways = {one: (1, cores)}
+    if resolve_device(device).type == "cpu":  # gpu.py has processes side by side on a GPU
+        ways[each] = (cores, 1)
     found = {name: {way: side_by_side(*of, profile.name, device, name) for way, of in ways.items()} for name in who}
-    peaks = [of[f"1 process of {cores} threads"][0]["peak MB"] for of in found.values()]
+    peaks = [of[one][0]["peak MB"] for of in found.values()]
     return peaks, pd.DataFrame(found).map(partial(runs_per_hour, profile.steps)).T.rename_axis("trainer")
 
 

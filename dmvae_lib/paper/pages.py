@@ -103,9 +103,9 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
                 continue
             profiles[profile] = f"`{profile}` ({DATA[PROFILES[profile].source]})"
             shown = _papers(frame, best)
-            low, high = int(shown["seeds"].min()), int(shown["seeds"].max())
-            seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
-            head = f"**[{title}](results/{profile}/README.md#{name})** (profile `{profile}`, {seeds})."
+            head = (
+                f"**[{title}](results/{profile}/README.md#{name})** (profile `{profile}`, {counted(shown['seeds'])})."
+            )
             lines += [head, "", _small(shown), ""]
             if (claims := _csv(folder, entries, f"{name}_claims")) is not None:
                 lines += _verdicts(claims)
@@ -115,6 +115,12 @@ def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] =
     about = f"Percent, mean ± standard deviation over seeds, *(the paper's number)*. Profile {'; '.join(profiles.values())}."
     about += " A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb))."
     return "\n".join([about, "", *lines])
+
+
+def counted(seeds: pd.Series) -> str:
+    """How many seeds the lines of a table have: "3 seeds", "1 to 3 seeds"."""
+    low, high = int(seeds.min()), int(seeds.max())
+    return f"{low} to {high} seeds" if low < high else f"{low} seed{'s' * (low != 1)}"
 
 
 def _csv(folder: Path, entries: Mapping[str, dict], name: str) -> pd.DataFrame | None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_leftovers, seal, sha256, write_json
-from dmvae_lib.paper.pages import REPAIR, manifest, write_pages
+from dmvae_lib.paper.pages import REPAIR, counted, manifest, write_pages
 from dmvae_lib.paper.published import MEASURES, Claim
 from dmvae_lib.paper.rows.row import Row
 from dmvae_lib.paper.runs import Run, Setting, commit
@@ -332,9 +332,8 @@ class Results:
 
         Its entries of the ledger are in the manifest by themselves; runs: others, as the classifiers'.
         """
-        shown, seeds = readable(table), sorted({int(n) for n in table["seeds"]})
-        counted = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] != 1)}"
-        caption = f"{caption} Profile {self.setting.profile.name}, {counted}, percent."
+        shown = readable(table)
+        caption = f"{caption} Profile {self.setting.profile.name}, {counted(table['seeds'])}, percent."
         flat = shown.copy()
         flat.columns = [f"{measure}, {column}" for measure, column in shown.columns]
         layout = {"label": f"tab:{name}", "column_format": "l" + "rrr" * (shown.shape[1] // 3), "escape": True}
