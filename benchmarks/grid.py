@@ -21,6 +21,7 @@ from independent import command_line
 from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAEError, Schedule
+from dmvae_lib.paper import profiles
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.published import MEASURES
 from dmvae_lib.paper.rows import TABLE1, TABLE2, Row
@@ -92,11 +93,7 @@ def present(row: Row, profile: Profile, cell: Cell) -> Cell:
 
 def shortened(place: Setting, share: float) -> Setting:
     """The setting on its validation data, every row with that share of its updates."""
-    steps = {
-        name: max(1, round(share * getattr(place.profile, name)))
-        for name in ("steps", "particle_steps", "retrieval_steps")
-    }
-    return replace(place, profile=replace(place.profile, **steps), evaluation="validation")
+    return replace(place, profile=profiles.shortened(place.profile, share), evaluation="validation")
 
 
 def measure(number: int, place: Setting) -> pd.DataFrame:

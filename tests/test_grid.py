@@ -46,6 +46,11 @@ def test_a_cell_sets_what_it_says_and_nothing_else(number, title, row):
             assert list(usual["weights"].items())[1:] == list(arguments["weights"].items())[1:]
 
 
+def test_a_short_run_anneals_for_the_same_share_of_its_updates(tmp_path):
+    schedule = MVAE_ROW.schedule(grid.shortened(place_in(tmp_path, steps=40, anneal_steps=20), 0.2).profile)
+    assert (schedule.steps, schedule.anneal_steps) == (8, 4)
+
+
 def lines(*scores):
     return pd.DataFrame([{"row": row, "learning_rate": rate, "score": score} for row, rate, score in scores])
 

@@ -141,6 +141,12 @@ PAPER = Profile(
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
+STEPS = ("steps", "anneal_steps", "particle_steps", "retrieval_steps", "tuple_steps", "tuple_anneal_steps")  # no judge's
+
+
+def shortened(profile: Profile, share: float) -> Profile:
+    """The profile with that share of every model's updates, the annealing's too; the judges stay as they are."""
+    return replace(profile, **{field: max(1, round(share * getattr(profile, field))) for field in STEPS})
 
 
 def get_profile(name: str) -> Profile:
@@ -159,15 +165,7 @@ def get_profile(name: str) -> Profile:
         raise DMVAEError(
             f"profile {name!r}: the share of the updates after @ is {share!r}; expected a number in (0, 1]."
         )
-    shortened = (
-        "steps",
-        "anneal_steps",
-        "particle_steps",
-        "retrieval_steps",
-        "tuple_steps",
-        "tuple_anneal_steps",
-        "permutations",
-    )  # the judges stay as they are
-    steps = {field: max(1, round(part * getattr(PROFILES[base], field))) for field in shortened}
-    steps["strong_steps"] = min(PROFILES[base].strong_steps, 10)  # else a rehearsal would train little but these
-    return replace(PROFILES[base], name=name, **steps)
+    judged = min(PROFILES[base].strong_steps, 10)  # else a rehearsal would train little but the strong judges
+    permutations = max(1, round(part * PROFILES[base].permutations))
+    short = shortened(PROFILES[base], part)
+    return replace(short, name=name, permutations=permutations, strong_steps=judged)
