@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from test_tables import ROWS, record
 
 from dmvae_lib import DMVAEError
-from dmvae_lib.files import sha256
-from dmvae_lib.paper.pages import BEGIN, END, MARK, index, provenance, readme_results, write_pages
+from dmvae_lib.files import read_json, sha256
+from dmvae_lib.paper.pages import BEGIN, END, MARK, index, manifest, provenance, readme_results, write_pages
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.tables import Results, compare
 
@@ -46,7 +46,7 @@ def test_whatever_writes_an_artefact_shows_it_on_the_pages(place, readme):
         assert (place.results / "README.md").read_text() == provenance(place.results)
         shown = readme.read_text()
         assert shown.startswith("before\n") and shown.endswith("after\n") and "old" not in shown
-        assert f"{100 * share:.1f} *(44.7)*" in shown and "(profile `quick`, 1 seed)" in shown
+        assert f"{100 * share:.1f} *(44.7)*" in shown and "By | MultiVae. Profile quick, 1 seed, percent." in shown
 
 
 def test_an_artefact_leads_to_its_runs_its_picture_and_an_entry_to_cite(place):
@@ -101,10 +101,10 @@ def test_the_readme_shows_each_table_from_the_profile_nearest_to_the_papers_data
         Results(where, "n").table("table1", made, "Table 1: it.")
     other = compare({"a": [{"joint": 0.75}]}, {"a": {"joint": 12.0}})
     Results(place, "n").table("table3", other, "Table 3: of one profile alone.")
-    assert "75.0 *(12)*" in readme.read_text() and "(profile `quick`, 1 seed)" in readme.read_text()
+    assert "75.0 *(12)*" in readme.read_text() and "Profile quick, 1 seed" in readme.read_text()
     assert "25.0 *(44.7)*" in readme.read_text() and "50.0" not in readme.read_text()
-    assert "(profile `subset`, 1 seed)" in readme.read_text()
-    assert "| b" not in readme.read_text()  # which the paper lacks
+    assert "**[Table 1: it](results/subset/README.md#table1).** Profile subset, 1 seed" in readme.read_text()
+    assert re.search(r"^\| b +\| 10.0 +\|", readme.read_text(), re.M)  # which the paper lacks
     made_by_an_older_library(subset.results)
     write_pages(place.results.parent)
     assert "50.0 *(44.7)*" in readme.read_text() and "Profile `quick` (stand-ins" in readme.read_text()
@@ -118,16 +118,27 @@ def test_the_readme_names_the_best_competitors_and_each_claim_that_is_not_confir
     paper = {"Weak": 1.0, "Papers": 70.0, "Ours": 2.0, "DMVAE": 60.0}
     made = compare({row: [{"rank1": s}] for row, s in shares.items()}, {row: {"rank1": p} for row, p in paper.items()})
     Results(place, "n").table("table2", made, "Table 2: it.")
-    rows = re.findall(r"^\| (\w+) ", readme_results(place.results.parent, {"table2": ("Table 2", 1)}), re.M)
+    rows = re.findall(r"^\| (\w+) ", readme_results(place.results.parent, {"table2": 1}), re.M)
     assert rows == ["Papers", "Ours", "DMVAE"]
     claims = {"A above B": "refuted", "A above C": "confirmed", "A above D": "confirmed", "A above E": "not decided"}
     frame = pd.DataFrame({"claim": claims.keys(), "in": ["Table 2"] * 4, "verdict": claims.values()}).set_index("claim")
     frame.loc["what a figure shows"] = ["Fig. 6", "confirmed"]
     Results(place, "n").frame("table2_claims", frame, "Claims.")
-    said = "The paper's claims here: **2 confirmed**: A above C; A above D. **1 refuted**: A above B. **1 not decided**: A above E."
+    of_figures = "; what a figure shows"
+    said = f"- **3 confirmed**: A above C; A above D{of_figures}.\n- **1 refuted**: A above B.\n- **1 not decided**: A above E.\n"
     assert said in readme.read_text()
+    assert "**The paper's claims**: on drawn stand-ins 3 confirmed, 1 refuted, 1 not decided. " in readme.read_text()
     Results(place, "n").frame("table2_claims", frame.rename(columns={"verdict": "here"}), "Claims.")
-    assert "claims here" not in readme.read_text()
+    assert "confirmed" not in readme.read_text()
+
+
+def test_the_readmes_picture_and_its_caption_are_those_nearest_to_the_papers_data(place, readme):
+    Results(place, "n").figure("fig4b", Figure(), "Figure 4b: drawn")
+    Results(place, "n").table("table1", compare({"a": [{"joint": 0.5}]}, {}), "Table 1: it.")
+    assert "(results/quick/fig4b.png)\n\n*Figure 4b: drawn Profile quick.*" in readme.read_text()
+    subset = replace(place, profile=get_profile("subset"), results=place.results.with_name("subset"))
+    Results(subset, "n").figure("fig4b", Figure(), "Figure 4b: real.")
+    assert "(results/subset/fig4b.png)" in readme.read_text() and "quick/fig4b" not in readme.read_text()
 
 
 def test_a_readme_without_the_marks_is_named(place, readme):
@@ -161,3 +172,12 @@ def test_every_checksum_on_a_committed_page_is_that_of_the_file_beside_it(folder
     for name, digest in listed.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
     assert len(re.findall(r"^@misc\{dmvae_lib-", page, re.M)) == len(json.loads((folder / "manifest.json").read_text()))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_no_committed_artefact_is_older_than_a_run_that_it_names(folder):
+    trained = {path.name: read_json(path, "")["made"]["finished"] for path in (folder / "runs").glob("*.json")}
+    for name, entry in manifest(folder).items():
+        if "packages" not in entry["made"]:  # else it is marked
+            later = [run for run in entry["runs"] if trained[run] > entry["made"]["finished"]]
+            assert not later, f"{name} is older than {', '.join(later)}: execute {entry['notebook']} once more"

@@ -67,7 +67,8 @@ def embedding(
 ) -> Figure:
     """Fig. 5: 2-D points of each modality, {name: (N, 2)}, labels (N,): a marker a modality, a colour and a numeral a class.
 
-    A numeral stands where the points of its class, of whichever modality, lie densest. titles: {name: in the legend}.
+    A class's numeral stands where its points of a modality lie densest, in a square for "+" and "x", in a circle for the
+    others. titles: {name: in the legend}.
     """
     figure, ax = plt.subplots(figsize=(5.2, 5.2))
     colours = sns.color_palette("colorblind", int(max(labels)) + 1)
@@ -78,12 +79,17 @@ def embedding(
             ax.scatter(*xy[labels == label].T, s=28, marker=marker, linewidths=1.0, **style)
         # For the legend alone, in no class's colour.
         ax.plot([], [], color="0.3", marker=marker, linestyle="", markerfacecolor="none", label=titles[name])
-    both = np.concatenate(list(points.values()))
-    for label in np.unique(labels):  # readable without colour
-        own = both[np.tile(labels, len(points)) == label]
-        distances = np.sort(np.linalg.norm(own[:, None] - own, axis=-1), 1)
-        ax.text(*own[distances[:, :10].mean(1).argmin()], str(label), fontsize=13, weight="bold", ha="center", va="center",
-                bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.4", "alpha": 0.85})  # fmt: skip
+        for label in np.unique(labels):  # readable without colour
+            own = xy[labels == label]
+            distances = np.sort(np.linalg.norm(own[:, None] - own, axis=-1), 1)
+            box = {
+                "boxstyle": "square" if marker in "+x" else "circle",
+                "pad": 0.15,
+                "fc": "white",
+                "ec": colours[label],
+            }
+            densest = own[distances[:, :10].mean(1).argmin()]
+            ax.text(*densest, str(label), fontsize=10, weight="bold", ha="center", va="center", bbox=box, zorder=3)
     ax.legend(fontsize="small", ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
     ax.set(xticks=[], yticks=[], title=title)
     return figure
@@ -150,18 +156,20 @@ def _coloured_text(ax, caption: str) -> None:
             ax.text(0, y, text, family="monospace", fontsize=8, color=colour, transform=ax.transAxes, va="top")
 
 
-def bars_beside_paper(table: pd.DataFrame, measures: Sequence[str], chance: float) -> Figure:
-    """`tables.compare`'s rows as bars, a panel per measure, the paper's numbers as open circles; chance in percent."""
+def bars_beside_paper(table: pd.DataFrame, measures: Sequence[str], blind: Mapping[str, float]) -> Figure:
+    """`tables.compare`'s rows as bars, a panel per measure, the paper's numbers as open circles, and a line for each of
+    `blind`, {what scores without looking: percent}."""
     figure, axes = plt.subplots(1, len(measures), figsize=(4 * len(measures), 3), sharey=True)
     for ax, measure in zip(axes, measures):
         part = table.xs(measure, level="measure")
         y = np.arange(len(part))
         ax.barh(y, part["mean"], xerr=part["sd"].fillna(0), color="C0", alpha=0.75, label="here, ± sd over seeds")
         ax.scatter(part["paper"], y, facecolors="none", edgecolors="black", zorder=3, label="paper")
-        ax.axvline(chance, color="0.3", linestyle="--", linewidth=1, label="guessing by the classes' frequencies")
+        for (title, percent), dashes in zip(blind.items(), cycle(["--", ":", "-."])):
+            ax.axvline(percent, color="0.3", linestyle=dashes, linewidth=1.2, label=title)
         ax.set(title=measure, xlim=(0, 100), xlabel="percent", yticks=y, yticklabels=part.index)
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="x-small", ncols=3, loc="lower center", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="x-small", ncols=4, loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 

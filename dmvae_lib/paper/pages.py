@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,18 +17,13 @@ from dmvae_lib.paper.profiles import PROFILES
 REPAIR = "Take the committed one back by `git checkout`, or delete it and run `make reproduce`."
 BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
 MARK = "Made before the present code; to be replaced"
-SHORT = {  # the README's tables: what stands above them, how many competitors beside DMVAE (None: every row)
-    "table1": ("Table 1: cross- and joint coherence", None),
-    "table3": ("Table 3: ablation of DMVAE", None),
-    "table2": (
-        "Table 2: recognition and retrieval of flowers, the two best competitors by each measure, here or in the paper",
-        2,
-    ),
-}
-DATA = {  # by a profile's source
-    "embedded": "stand-ins for the paper's data: compare rows with each other, not with the paper",
-    "subset": "a part of the paper's images, a small budget",
-    "full": "the paper's data and schedule",
+SHORT = {"table1": None, "table3": None, "table2": 2}  # the README's tables: competitors beside DMVAE (None: every row)
+PICTURE = "fig4b"  # the README's, from the profile nearest to the paper's data
+CLAIMS = {"table1": ("table1_claims", "figures_claims"), "table2": ("table2_claims",), "table3": ("table3_claims",)}
+DATA = {  # by a profile's source: what it is, and what the paper's claims are judged on
+    "embedded": ("stand-ins for the paper's data: compare rows with each other, not with the paper", "drawn stand-ins"),
+    "subset": ("a part of the paper's images, a small budget", "real images"),
+    "full": ("the paper's data and schedule", "the paper's data"),
 }
 INTRODUCTION = """# Results
 
@@ -83,38 +79,58 @@ def _is(path: Path, digest: str) -> bool:
 # --- the README's block -----------------------------------------------------------------------------------------------
 
 
-def readme_results(results: Path, tables: Mapping[str, tuple[str, int | None]] = SHORT) -> str:
-    """The paper's rows beside its numbers, and the verdicts on its claims: each table from the profile nearest to the
-    paper's data that has it.
+def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> str:
+    """The paper's rows beside its numbers, and the verdicts on its claims: `PICTURE` and each table from the profile
+    nearest to the paper's data that has it.
 
-    From the tables' csv files and `<table>_claims.csv`; one that is not the one in the manifest is not shown.
+    From the tables' csv files and those of their `CLAIMS`; one that is not the one in the manifest is not shown.
     """
     manifests = {
         profile: {name: entry for name, entry in entries.items() if not _old(entry)}
         for profile, entries in _manifests(results).items()
     }
-    lines, profiles = [], {}
-    for name, (title, best) in tables.items():
-        for profile in (
-            known for known in reversed(PROFILES) if known in manifests
-        ):  # from the paper's data to stand-ins
+    nearest = [profile for profile in reversed(PROFILES) if profile in manifests]  # from the paper's data to stand-ins
+    lines, profiles, counts = [], {}, {}
+    for name, best in tables.items():
+        for profile in nearest:
             folder, entries = results / profile, manifests[profile]
             if (frame := _csv(folder, entries, name)) is None:
                 continue
-            profiles[profile] = f"`{profile}` ({DATA[PROFILES[profile].source]})"
-            shown = _papers(frame, best)
-            head = (
-                f"**[{title}](results/{profile}/README.md#{name})** (profile `{profile}`, {counted(shown['seeds'])})."
-            )
-            lines += [head, "", _small(shown), ""]
-            if (claims := _csv(folder, entries, f"{name}_claims")) is not None:
-                lines += _verdicts(claims)
+            about, judged_on = DATA[PROFILES[profile].source]
+            profiles[profile] = f"`{profile}` ({about})"
+            lines += [_titled(name, profile, entries[name]["caption"], best), "", _small(_short(frame, best)), ""]
+            claims = [_csv(folder, entries, claimed) for claimed in CLAIMS[name]]
+            verdicts = _verdicts([of for of in claims if of is not None])
+            lines += [f"- **{len(texts)} {verdict}**: {'; '.join(texts)}." for verdict, texts in verdicts.items()]
+            lines += [""] * bool(verdicts)
+            of_data = counts.setdefault(judged_on, Counter())
+            of_data.update({verdict: len(texts) for verdict, texts in verdicts.items()})
             break
     if not lines:
         return "No profile has results of the present code; `make reproduce` makes them.\n"
-    about = f"Percent, mean ± standard deviation over seeds, *(the paper's number)*. Profile {'; '.join(profiles.values())}."
-    about += " A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb))."
-    return "\n".join([about, "", *lines])
+    first = next(([profile, manifests[profile][PICTURE]] for profile in nearest if PICTURE in manifests[profile]), None)
+    picture = (
+        [f"![{first[1]['caption'].partition(';')[0]}](results/{first[0]}/{PICTURE}.png)", "", f"*{first[1]['caption']}*", ""]
+        if first
+        else []
+    )
+    said = [
+        f"on {data} {', '.join(f'{n} {verdict}' for verdict, n in of_data.items())}"
+        for data, of_data in counts.items()
+        if of_data
+    ]
+    about = f"**The paper's claims**: {'; '.join(said)}. " if said else ""
+    about += "A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb)). "
+    about += "Tables: percent, mean ± standard deviation over seeds, without ± of one seed; *(the paper's number)*. "
+    about += f"Profile {'; '.join(profiles.values())}."
+    return "\n".join([*picture, about, "", *lines])
+
+
+def _titled(name: str, profile: str, caption: str, best: int | None) -> str:
+    """A table's caption, whose title leads to it."""
+    title, _, rest = caption.partition(". ")
+    of = f" Of the paper's competitors the {best} best by each measure, here or in the paper." if best else ""
+    return f"**[{title}](results/{profile}/README.md#{name}).** {rest}{of}"
 
 
 def counted(seeds: pd.Series) -> str:
@@ -129,14 +145,14 @@ def _csv(folder: Path, entries: Mapping[str, dict], name: str) -> pd.DataFrame |
     return pd.read_csv(folder / f"{name}.csv")
 
 
-def _papers(frame: pd.DataFrame, best: int | None) -> pd.DataFrame:
-    """The rows and measures that the paper prints; of the competitors the `best` by each measure, here or in the paper."""
-    frame = frame[frame["paper"].notna()]
+def _short(frame: pd.DataFrame, best: int | None) -> pd.DataFrame:
+    """All rows, or without the paper's competitors but the `best` by each measure, here or in the paper."""
     if best is None:
         return frame
-    others = frame[frame["row"] != "DMVAE"].groupby("measure")
-    kept = {row for by in ("mean", "paper") for _, of in others for row in of.nlargest(best, by)["row"]}
-    return frame[frame["row"].isin(kept | {"DMVAE"})]
+    competitors = frame[frame["paper"].notna() & (frame["row"] != "DMVAE")]
+    ranked = competitors.groupby("measure")
+    kept = {row for by in ("mean", "paper") for _, of in ranked for row in of.nlargest(best, by)["row"]}
+    return frame[~frame["row"].isin(set(competitors["row"]) - kept)]
 
 
 def _small(frame: pd.DataFrame) -> str:
@@ -150,14 +166,11 @@ def _small(frame: pd.DataFrame) -> str:
     return wide.rename_axis(index=None, columns=None).to_markdown(disable_numparse=True)
 
 
-def _verdicts(claims: pd.DataFrame) -> list[str]:
-    """The paper's claims on the table's cells (others are of its text and figures), by verdict and by name; none: no lines."""
-    if "verdict" not in claims:
-        return []
-    counted = claims[claims["in"].str.startswith("Table")].groupby("verdict", sort=False)["claim"].agg(list)
-    confirmed_first = sorted(counted.items(), key=lambda item: not item[0].startswith("confirmed"))
-    parts = [f"**{len(texts)} {verdict}**: {'; '.join(texts)}" for verdict, texts in confirmed_first]
-    return [f"The paper's claims here: {'. '.join(parts)}.", ""]
+def _verdicts(claims: Sequence[pd.DataFrame]) -> dict[str, list[str]]:
+    """{verdict: the claims by name}, the confirmed ones first."""
+    every = pd.concat([of for of in claims if "verdict" in of] or [pd.DataFrame(columns=["claim", "verdict"])])
+    named = every.groupby("verdict", sort=False)["claim"].agg(list)
+    return dict(sorted(named.items(), key=lambda item: not item[0].startswith("confirmed")))
 
 
 # --- results/README.md ------------------------------------------------------------------------------------------------

@@ -57,14 +57,15 @@ def table(
     """`compare`'s table of the ledger's entries alone: all seeds, or these, whose configuration is the row's present one.
 
     rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
-    the ledger's files in the table, "runs", and what `check` needs, "measured". Entries of several kinds of machine
+    the ledger's files in the table, "runs", how long they trained together, "seconds", and what `check` needs,
+    "measured". Entries of several kinds of machine
     stand together, though what is drawn or computed as their data differs there in rounding, and its fingerprint with it.
     Raises DMVAEError as `ledger` does.
     """
     entries = ledger(setting)
     values: dict[str, list] = {title: [] for title in rows}
     measured: dict[str, dict] = {title: {} for title in rows}
-    used: dict[str, None] = {}  # a set in order
+    used: dict[str, float] = {}
     for title, row in rows.items():
         for (name, seed), entry in sorted(entries.items()):
             if name != row.name or (seeds is not None and seed not in seeds):
@@ -77,9 +78,9 @@ def table(
                 continue
             values[title].append(entry["scores"])
             measured[title][seed] = _measured(entry)
-            used[f"{name}-{seed}.json"] = None
+            used[f"{name}-{seed}.json"] = entry["seconds"]
     made = compare(values, paper or {})
-    made.attrs |= {"measured": measured, "runs": list(used)}
+    made.attrs |= {"measured": measured, "runs": list(used), "seconds": sum(used.values())}
     return made
 
 
@@ -165,7 +166,7 @@ def check(claims: Iterable[Claim], table: pd.DataFrame, judge: str = "usual") ->
         cell, than = _of(table, claim.cell, judge), _of(table, other, judge)
         found = _paired(cell, than)
         seeds = found.seeds
-        inside = claim.low <= found.low and found.high <= claim.high
+        inside = claim.low < found.low and found.high < claim.high
         outside = found.high <= claim.low or claim.high <= found.low
         verdict = "not measured" if not seeds else CONFIRMED if inside else REFUTED if outside else OPEN
         numbers = [
