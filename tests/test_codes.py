@@ -156,13 +156,3 @@ def test_a_strong_judge_stands_beside_the_usual_one_where_the_profile_has_it(tmp
 def test_what_is_for_choices_is_scored_by_the_usual_judge_alone(tmp_path):
     run = Run(ROW, 0, replace(place_in(tmp_path, strong_steps=2), evaluation="validation"))
     assert not {"strong", "codes", "chance"} & run.entry.keys()
-
-
-def test_an_entry_can_be_scored_anew_without_training(tmp_path, monkeypatch):
-    run = Run(ROW, 0, place_in(tmp_path))
-    before = run.entry
-    longer = replace(run, row=replace(ROW, evaluate=lambda run: judged(run) | {"more": 1}))
-    monkeypatch.setattr(Run, "_train", lambda *_: pytest.fail("trained"))
-    after = longer.evaluate().entry
-    assert after["more"] == 1 and after["scores"] == before["scores"] and after["files"] == before["files"]
-    assert Run(ROW, 0, run.setting).entry == after == replace(run).train().entry

@@ -215,14 +215,6 @@ class Run:
         self.__dict__["entry"] = entry
         return self
 
-    def evaluate(self) -> Run:
-        """Scores the weights that are here anew, where the row's `evaluate` has changed, and rewrites the entry."""
-        found = self.row.evaluate(self)
-        with locked(self.folder, f"scoring {self}"):
-            former = {name: value for name, value in self.entry.items() if name != "sha256"}
-            write_json(self.folder / ENTRY, seal(former | found))
-        return self.train()
-
     @property
     def _repair(self) -> str:
         return f"Delete the folder {self.folder} to train the run anew."
