@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import combinations
 from statistics import fmean
 
@@ -49,6 +49,32 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return model(images).argmax(-1)
 
 
+def _on_device(
+    measure: str, model: MultimodalVAE, data: PairedData, classifiers: Mapping[str, nn.Module], seed: int
+) -> tuple[PairedData, Tensor, torch.Generator]:
+    """Data, labels and a generator of the seed, where the model is. Raises DMVAEError if labels or classifiers lack."""
+    lacking, labels = [name for name in model.names if name not in classifiers], data.labels
+    if lacking or labels is None:
+        what = f"classifiers of {', '.join(lacking)}" if lacking else "labels (PairedData.aligned(items, labels=...))"
+        raise DMVAEError(f"{measure}: no {what}; it compares the classes seen in generated items with the true ones.")
+    device = next(model.parameters()).device
+    return data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
+
+
+def _seen(
+    model: MultimodalVAE,
+    data: PairedData,
+    given: Collection[str],
+    target: str,
+    classifier: nn.Module,
+    chunks: Iterable[Tensor],
+    generator: torch.Generator,
+) -> Tensor:
+    """The classes that a classifier sees in a target generated from the `given` of the data, chunk after chunk of rows."""
+    batches = ({name: x for name, x in data.batch(rows).items() if name in given} for rows in chunks)
+    return torch.cat([predict(classifier, model.cross_generate(x, target, generator=generator)[0]) for x in batches])
+
+
 @torch.no_grad()
 def coherence(
     model: MultimodalVAE, data: PairedData, classifiers: Mapping[str, nn.Module], seed: int = 0, samples: int = 10_000
@@ -61,26 +87,18 @@ def coherence(
 
     Raises DMVAEError for data without labels and for a modality without a classifier.
     """
-    lacking, labels = [name for name in model.names if name not in classifiers], data.labels
-    if lacking or labels is None:
-        what = f"classifiers of {', '.join(lacking)}" if lacking else "labels (PairedData.aligned(items, labels=...))"
-        raise DMVAEError(f"coherence: no {what}; it compares the classes seen in generated items with the true ones.")
-    device = next(model.parameters()).device
-    data, labels, generator = data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
+    data, labels, generator = _on_device("coherence", model, data, classifiers, seed)
     result = {}
     for source in model.names:
-        everything = torch.ones(len(data), dtype=torch.bool, device=device)
+        everything = torch.ones(len(data), dtype=torch.bool, device=labels.device)
         rows = (everything if data.observed is None else data.observed[source]).nonzero().flatten()
         for target in model.names:
             if source != target:
-                predicted = [
-                    predict(classifiers[target], model.cross_generate({source: x}, target, generator=generator)[0])
-                    for x in (data.batch(chunk)[source] for chunk in rows.split(1_000))
-                ]
-                result[f"{source}->{target}"] = cross_coherence(torch.cat(predicted), labels[rows])
+                seen = _seen(model, data, (source,), target, classifiers[target], rows.split(1_000), generator)
+                result[f"{source}->{target}"] = cross_coherence(seen, labels[rows])
     drawn = [model.sample(len(chunk), generator) for chunk in torch.arange(samples).split(1_000)]
-    seen = [torch.cat([predict(classifiers[name], images[name]) for images in drawn]) for name in model.names]
-    return result | {"joint": joint_coherence(*seen)}
+    jointly = [torch.cat([predict(classifiers[name], images[name]) for images in drawn]) for name in model.names]
+    return result | {"joint": joint_coherence(*jointly)}
 
 
 def class_means(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,26 +191,17 @@ def coherence_by_given(
 
     "k given": `cross_coherence` averaged over all targets and, for each, over all sets of k other modalities, with z_s
     from the posterior given the set and z_p ~ p(z_p) (the protocol of PolyMNIST, Sutter et al. 2021). Complete data of
-    known classes; model and classifiers as for `coherence`. Raises DMVAEError for other data.
+    known classes; model and classifiers as for `coherence`. Raises DMVAEError for other data and as `coherence` does.
     """
-    labels = data.labels
-    if data.observed is not None or labels is None:
-        raise DMVAEError(
-            "coherence_by_given: items or labels are missing; give complete observations of known classes."
-        )
-    device = next(model.parameters()).device
-    data, labels, generator = data.to(device), labels.to(device), torch.Generator(device).manual_seed(seed)
+    if data.observed is not None:
+        raise DMVAEError("coherence_by_given: items are missing; give complete observations.")
+    data, labels, generator = _on_device("coherence_by_given", model, data, classifiers, seed)
+    chunks = torch.arange(len(data), device=labels.device).split(500)
     right: dict[int, list[float]] = {}
     for target in model.names:
         others = [name for name in model.names if name != target]
         for k in range(1, len(model.names)):
             for given in combinations(others, k):
-                predicted = [
-                    predict(classifiers[target], model.cross_generate(part, target, generator=generator)[0])
-                    for part in (
-                        {name: x for name, x in data.batch(rows).items() if name in given}
-                        for rows in torch.arange(len(data), device=device).split(500)
-                    )
-                ]
-                right.setdefault(k, []).append(cross_coherence(torch.cat(predicted), labels))
+                seen = _seen(model, data, given, target, classifiers[target], chunks, generator)
+                right.setdefault(k, []).append(cross_coherence(seen, labels))
     return {f"{k} given": fmean(shares) for k, shares in right.items()}

@@ -230,8 +230,13 @@ def test_coherence_by_the_number_of_given_modalities_on_a_case_solved_by_hand():
     data = PairedData.aligned(dict.fromkeys("abc", items), labels)
     found = coherence_by_given(Oracle(), data, dict.fromkeys("abc", nn.Identity()))
     assert found == pytest.approx({"1 given": 4 / 6, "2 given": 2 / 3})
-    with pytest.raises(DMVAEError, match="coherence_by_given: items or labels are missing"):
-        coherence_by_given(Oracle(), PairedData.aligned(dict.fromkeys("abc", items)), {})
+    for of, classifiers, message in (
+        (replace(data, observed={"a": labels > 0, "b": labels >= 0, "c": labels >= 0}), "abc", "items are missing"),
+        (PairedData.aligned(dict.fromkeys("abc", items)), "abc", "no labels"),
+        (data, "ab", "no classifiers of c"),
+    ):
+        with pytest.raises(DMVAEError, match=f"coherence_by_given: {message}"):
+            coherence_by_given(Oracle(), of, dict.fromkeys(classifiers, nn.Identity()))
 
 
 @pytest.fixture(scope="module")
