@@ -245,7 +245,7 @@ class PairedData:
         part = part[unit]
         found = part.bincount(minlength=len(shares)).tolist()
         if 0 in found:
-            whole = f"shares {shares} of {len(self)} observations in {len(sizes)} groups"
+            whole = f"shares {shares} of {len(self)} observations" + f" in {len(sizes)} groups" * (groups is not None)
             raise DMVAEError(
                 f"split: {whole} make parts of {found}; give larger shares, or fewer, for one in every part."
             )

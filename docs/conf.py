@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -189,7 +190,8 @@ def finish(app: Sphinx, error: Exception | None) -> None:
         (site / "notebooks" / source.name).write_text(for_colab(source.read_text("utf-8"), ADDRESS), "utf-8")
     titles = {name: app.env.titles[name].astext() for name in sorted(app.env.found_docs)}
     pages = "\n".join(f"- [{title}]({name}.html)" for name, title in titles.items())
-    (site / "llms.txt").write_text(f"# {project}\n\n> {app.config.html_title}\n\n{pages}\n", "utf-8")
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["description"]
+    (site / "llms.txt").write_text(f"# {project}\n\n> {about}\n\n{pages}\n", "utf-8")
     if ADDRESS:
         urls = "".join(f"<url><loc>{app.config.html_baseurl}{name}.html</loc></url>\n" for name in titles)
         head = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'

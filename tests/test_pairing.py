@@ -512,7 +512,7 @@ def test_a_missing_items_place_ties_no_observations_together():
         ((1.0, 0.0), None, "positive"),
         ((float("nan"), 1.0), None, "positive"),
         ((), None, "positive"),
-        ((0.99, 0.01), None, r"make parts of \[6, 0\]"),
+        ((0.99, 0.01), None, r"of 6 observations make parts of \[6, 0\]"),
         ((0.5, 0.5), [0] * 6, "in 1 groups make parts"),
         ((0.5, 0.5), [0, 1], r"groups of shape \(2,\); expected \(6,\)"),
     ],
