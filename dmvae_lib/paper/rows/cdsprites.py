@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from dmvae_lib.metrics import coherence
-from dmvae_lib.paper.data import DataSet
 from dmvae_lib.paper.data.cdsprites import CDSPRITES
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.polymnist import judging, tuples
-from dmvae_lib.paper.runs import Run, Setting
+from dmvae_lib.paper.runs import Run
 from dmvae_lib.training import Schedule
 
 
@@ -20,19 +18,13 @@ def sprites(profile: Profile) -> Schedule:
     return replace(tuples(profile), steps=2 * profile.tuple_steps)
 
 
-JUDGES = {level: replace(digits.judge(data, "image"), schedule=judging) for level, data in CDSPRITES.items()}
-
-
-@lru_cache(maxsize=4)
-def judge(setting: Setting, data: DataSet) -> Run:
-    """The run of a level's classifier of images, of seed 0; built once per process."""
-    (row,) = (row for row in JUDGES.values() if row.data == data)
-    return Run(row, 0, setting)
+JUDGES = {level: digits.judge(data, "image", judging) for level, data in CDSPRITES.items()}
 
 
 def judged(run: Run) -> dict:
     """`coherence` by classes, captions counting where they are spelt exactly (the leaderboard's "strict"), and its judge."""
-    data, by = run.row.data, judge(run.setting, run.row.data)
+    data = run.row.data
+    by = digits.judges(run.setting, data, judging)["image"]
     assert data.classifier is not None
     device = next(run.model.parameters()).device
     classifiers = {"image": by.model, "caption": data.classifier("caption").to(device)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import ceil
@@ -195,7 +195,7 @@ def accuracy(run: Run) -> dict:
     return {"scores": {"accuracy": cross_coherence(predicted, items.labels)}}
 
 
-def judge(data: DataSet, modality: str) -> Row:
+def judge(data: DataSet, modality: str, schedule: Callable[[Profile], Schedule] = judging) -> Row:
     """The row of a modality's evaluation classifier. Raises DMVAEError for an unknown modality."""
     if modality not in data.modalities:
         raise DMVAEError(f"unknown modality {modality!r}; {data.name!r} has {', '.join(data.modalities)}.")
@@ -204,7 +204,7 @@ def judge(data: DataSet, modality: str) -> Row:
         title=f"classifier of {modality}",
         data=data,
         build=classifier,
-        schedule=judging,
+        schedule=schedule,
         evaluate=accuracy,
         options={"modality": modality},
         objective=cross_entropy,
@@ -212,21 +212,22 @@ def judge(data: DataSet, modality: str) -> Row:
     )
 
 
-@lru_cache(maxsize=4)
-def judges(setting: Setting, data: DataSet) -> dict[str, Run]:
+@lru_cache(maxsize=8)
+def judges(
+    setting: Setting, data: DataSet, schedule: Callable[[Profile], Schedule] = judging
+) -> dict[str, Run]:
     """{modality: the run of its evaluation classifier}, of seed 0; built once per process."""
-    return {name: Run(judge(data, name), 0, setting) for name in data.modalities}
+    return {name: Run(judge(data, name, schedule), 0, setting) for name in data.modalities}
 
 
 def strong_judge(data: DataSet, modality: str, place: Setting) -> Row:
     """The row of a modality's strong judge (`rows/strong.py`), which does what `judge`'s does."""
-    usual = judge(data, modality)
+    usual = judge(data, modality, strong.schedule)
     return replace(
         usual,
         name=f"strong-{usual.name}",
         title=f"strong {usual.title}",
         build=strong.build,
-        schedule=strong.schedule,
         fit=partial(strong.fit, plan=strong.schedule(place.profile), device=place.device),
     )
 
@@ -316,7 +317,7 @@ RELEASE = _variant(
     without=["log_likelihood(mnist<-joint)", "log_likelihood(svhn<-joint)"],
 )
 DIGITS = tuple({row.name: row for row in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)}.values())
-CLASSIFIERS = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}
+JUDGES = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}
 
 
 def first_images(splits: Splits, modality: str, first: int, permutations: int) -> PairedData:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -20,7 +20,7 @@ from dmvae_lib.paper.data.polymnist import POLYMNIST
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.row import Row
-from dmvae_lib.paper.runs import Run, Setting
+from dmvae_lib.paper.runs import Run
 from dmvae_lib.training import Schedule
 
 # --- schedules, objectives, what is trained on ----------------------------------------------------------------------
@@ -82,13 +82,7 @@ def judging(profile: Profile) -> Schedule:
     return replace(digits.judging(profile), steps=max(1, profile.classifier_steps // 5), batch_size=64)
 
 
-JUDGES = {name: replace(digits.judge(POLYMNIST, name), schedule=judging) for name in POLYMNIST.modalities}
-
-
-@lru_cache(maxsize=4)
-def judges(setting: Setting) -> dict[str, Run]:
-    """{modality: the run of its evaluation classifier}, of seed 0; built once per process."""
-    return {name: Run(row, 0, setting) for name, row in JUDGES.items()}
+JUDGES = {name: digits.judge(POLYMNIST, name, judging) for name in POLYMNIST.modalities}
 
 
 def first(pairs: PairedData, n: int) -> PairedData:
@@ -112,7 +106,8 @@ def measured(run: Run) -> dict:
     tuple, by 100 samples, of a twentieth of the tuples; under the model's own likelihood, so comparable only between
     rows of one. "judges": their accuracy and weights.
     """
-    splits, n, by = run.setting.splits(run.row.data), run.setting.profile.tuple_items, judges(run.setting)
+    splits, n = run.setting.splits(run.row.data), run.setting.profile.tuple_items
+    by = digits.judges(run.setting, run.row.data, judging)
     test, classifiers, model = first(splits.test, n), {name: judge.model for name, judge in by.items()}, run.model
     device = next(model.parameters()).device
     scores = coherence_by_given(model, test, classifiers)
