@@ -18,6 +18,7 @@ from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.networks import GROUPS, JointEncoder, TextFeatures, trim
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.retrieval import class_bootstrap, embed, evaluate_retrieval, pair_scores, rerank
+from dmvae_lib.paper.rows import word2vec, word_cnn, word_cnn_rnn
 from dmvae_lib.paper.rows.cmpm_cmpc import CMPMCMPC, project
 from dmvae_lib.paper.rows.flower_dmvae import CROSS_TERMS, FlowerDMVAE
 from dmvae_lib.paper.rows.flowers import FLOWER_DMVAE, FLOWERS, PARTS, TABLE2, objective, retrieval_of
@@ -26,18 +27,15 @@ from dmvae_lib.paper.rows.iatv import IATV, pair_loss, remember
 from dmvae_lib.paper.rows.joint_embedding import IdentityClassifier, ranking
 from dmvae_lib.paper.rows.timam import TIMAM, reverse_gradient
 from dmvae_lib.paper.rows.triplet import Triplet
-from dmvae_lib.paper.rows.word2vec import word2vec
-from dmvae_lib.paper.rows.word_cnn import word_cnn
-from dmvae_lib.paper.rows.word_cnn_rnn import word_cnn_rnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE_DIM, TOKEN_DIM, STEPS = 12, 8, 9
 CLASSES = (41, 43, 50, 77)
 WEIGHTS = {"image": 0.5, "text": 1.5}
 SMALL = {
-    "Word2Vec": lambda: word2vec(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
-    "WordCNN": lambda: word_cnn(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
-    "WordCNNRNN": lambda: word_cnn_rnn(IMAGE_DIM, TOKEN_DIM, dim=10, margin=1.0),
+    "Word2Vec": lambda: built(word2vec),
+    "WordCNN": lambda: built(word_cnn),
+    "WordCNNRNN": lambda: built(word_cnn_rnn),
     "Triplet": lambda: Triplet(IMAGE_DIM, TOKEN_DIM, dim=10, margin=0.2),
     "IATV": lambda: IATV(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, temperature=0.1),
     "CMPMCMPC": lambda: CMPMCMPC(IMAGE_DIM, TOKEN_DIM, CLASSES, dim=10, classification=1.5),
@@ -76,6 +74,10 @@ def small_batch(n=6, seed=0):
     text, _ = captions(n, generator)
     labels = torch.tensor(CLASSES)[torch.tensor([0, 1, 0, 2, 3, 1])[:n]]
     return {"image": torch.randn(n, IMAGE_DIM, generator=generator), "text": text}, labels
+
+
+def built(row):
+    return row.build(None, SimpleNamespace(train=flowers(1)), retrieval_hidden=10, margin=1.0)
 
 
 def made(name):

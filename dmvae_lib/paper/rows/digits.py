@@ -135,15 +135,10 @@ def annealed(profile: Profile) -> Schedule:
     return replace(updates(profile), anneal_steps=profile.anneal_steps)
 
 
-def by_particles(profile: Profile) -> Schedule:
-    """MMVAE's, whose updates cost `particles` times as much."""
-    return of_particles(profile, profile.particles)
-
-
-def of_particles(profile: Profile, particles: int) -> Schedule:
-    """MMVAE's with so many particles."""
+def by_particles(profile: Profile, particles: int | None = None) -> Schedule:
+    """MMVAE's, whose updates cost `particles` times as much; the profile's number of them unless given."""
     # Some 0.5 GB of activations for each chunk of 500 codes of two modalities; larger ones are slower on a CPU.
-    chunks = ceil(particles * profile.particle_batch / 500)
+    chunks = ceil((particles or profile.particles) * profile.particle_batch / 500)
     return replace(updates(profile), steps=profile.particle_steps, batch_size=profile.particle_batch, chunks=chunks)
 
 
@@ -354,7 +349,7 @@ def budgets(profile: Profile) -> dict[str, Row]:
             title=f"MMVAE, K = {k}",
             options={**BASELINE, "particles": k},
             from_profile=("width",),
-            schedule=partial(of_particles, particles=k),
+            schedule=partial(by_particles, particles=k),
         )
     if profile.twice:
         longer = replace(DMVAE_ROW, name="dmvae-twice", title="DMVAE, twice the updates", schedule=twice)

@@ -170,17 +170,13 @@ def encoder_of(network: nn.Module, shared_dim: int, private_dim: int) -> nn.Modu
             self.network, self.latent_dim, self.style_dim = network, shared_dim, private_dim
 
         def forward(self, x: Tensor):
+            sizes = [private_dim, private_dim, shared_dim, shared_dim]
             names = ("style_embedding", "style_log_covariance", "embedding", "log_covariance")
-            parts = network_parts(self.network(x), private_dim, shared_dim)
+            # Copies, since MultiVae writes into them where items are missing.
+            parts = [part.clone() for part in self.network(x).split(sizes, -1)]
             return ModelOutput(**{name: part for name, part in zip(names, parts) if part.shape[1]})
 
     return Encoder()
-
-
-def network_parts(statistics: Tensor, private_dim: int, shared_dim: int) -> list[Tensor]:
-    """The four parts of an encoder's statistics; copies, since MultiVae writes into them where items are missing."""
-    sizes = [private_dim, private_dim, shared_dim, shared_dim]
-    return [part.clone() for part in statistics.split(sizes, -1)]
 
 
 def decoder_of(network: nn.Module, shared_dim: int, private_dim: int) -> nn.Module:

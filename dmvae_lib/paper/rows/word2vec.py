@@ -17,14 +17,11 @@ class MeanWord(nn.Module):
         return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def word2vec(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
     """Linear maps of the image feature and of the mean of the token embeddings that every row gets, not word2vec's.
 
-    Reed et al. leave the image feature as it is; here, as in every row, a linear map brings it to `dim`, so that rows
-    differ in text encoder and loss.
+    Reed et al. leave the image feature as it is; here, as in every row, a linear map brings it to `retrieval_hidden`
+    dimensions, so that rows differ in text encoder and loss.
     """
+    (image_dim, token_dim), dim = feature_sizes(splits), retrieval_hidden
     return JointEmbedding(nn.Linear(image_dim, dim), nn.Sequential(MeanWord(), nn.Linear(token_dim, dim)), margin)
-
-
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
-    return word2vec(*feature_sizes(splits), retrieval_hidden, margin)

@@ -35,13 +35,10 @@ class ConvolutionalText(nn.Module):
         return self.head(self.convolutions(tokens)[0].amax(1))  # after ReLU no state is below the padding's zero
 
 
-def word_cnn(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
     """Reed et al. convolve one-hot words in three layers, pool over time by three after the second and flatten 30 words;
     here two layers read the token embeddings that every row gets, and the maximum over time replaces pooling and
-    flattening, so that padding changes nothing. The image side is linear, as in every row (`word2vec`).
+    flattening, so that padding changes nothing. The image side is linear, as in every row (`word2vec.build`).
     """
+    (image_dim, token_dim), dim = feature_sizes(splits), retrieval_hidden
     return JointEmbedding(nn.Linear(image_dim, dim), ConvolutionalText(token_dim, dim), margin)
-
-
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
-    return word_cnn(*feature_sizes(splits), retrieval_hidden, margin)

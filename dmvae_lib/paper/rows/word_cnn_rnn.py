@@ -26,12 +26,9 @@ class RecurrentText(nn.Module):
         return self.head(states.sum(1) / mask.sum(1, keepdim=True))
 
 
-def word_cnn_rnn(image_dim: int, token_dim: int, dim: int, margin: float) -> JointEmbedding:
-    """As `word_cnn`, its simplifications included, with a GRU before the average over time, where Reed et al. use a
+def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
+    """As `word_cnn.build`, its simplifications included, with a GRU before the average over time, where Reed et al. use a
     plain recurrent network over a third of the time steps.
     """
+    (image_dim, token_dim), dim = feature_sizes(splits), retrieval_hidden
     return JointEmbedding(nn.Linear(image_dim, dim), RecurrentText(token_dim, dim), margin)
-
-
-def build(data: DataSet, splits: Splits, *, retrieval_hidden: int, margin: float) -> JointEmbedding:
-    return word_cnn_rnn(*feature_sizes(splits), retrieval_hidden, margin)
