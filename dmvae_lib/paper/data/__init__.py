@@ -16,6 +16,10 @@ from dmvae_lib.pairing import PairedData
 
 SOURCES = ("embedded", "subset", "full")
 EVALUATIONS = ("test", "validation")
+ELSEWHERE = (  # what helps where a file is missing
+    "If the files are elsewhere, name their folder, `make reproduce DATA=folder` or the notebook's `data`. Profile quick "
+    "needs no download."
+)
 
 
 def check_asked(loader: str, source: str, evaluation: str) -> None:

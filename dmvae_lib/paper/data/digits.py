@@ -19,7 +19,7 @@ from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import verify
 from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper import networks
-from dmvae_lib.paper.data import DataSet, Splits, check_asked
+from dmvae_lib.paper.data import ELSEWHERE, DataSet, Splits, check_asked
 from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
 
 TITLES = {
@@ -68,11 +68,8 @@ def load(
     check_asked("digits", source, evaluation)
     whole = _read(source, Path(root))
     if evaluation == "validation" or source == "subset":
-        # The versions of one embedded digit stay together: none may be trained on and another evaluated.
-        together = VERSIONS if source == "embedded" else 1
         for name, (train, test) in whole.items():
-            kept = len(train[1]) - len(train[1]) // 10
-            train, held = _cut(train, kept + -kept % together)
+            train, held = _cut(train, kept(train[1], source))
             whole[name] = train, held if evaluation == "validation" else test
 
     def paired(part: int) -> PairedData:
@@ -133,6 +130,13 @@ MNIST_SVHN = DataSet(
 
 
 # --- sources and files ----------------------------------------------------------------------------------------------
+
+
+def kept(labels: Tensor, source: str) -> int:
+    """How many training items of a source there are without the last tenth, which is held out for validation."""
+    n = len(labels) - len(labels) // 10
+    # The versions of one embedded digit stay together: none may be trained on and another evaluated.
+    return n + -n % (VERSIONS if source == "embedded" else 1)
 
 
 def handwritten(source: str, root: Path) -> Parts:
@@ -247,6 +251,5 @@ def _fetch(what: str, root: Path, names: list[Path], download: Callable[[str], A
 def _missing(what: str, path: Path, detail: str = "") -> DMVAEError:
     return DMVAEError(
         f"{what} is missing: there is no {path.absolute()}{detail}. On a machine with network access "
-        "`make reproduce PROFILE=paper` downloads MNIST and SVHN into data/; if the files are elsewhere, name their "
-        "folder, `make reproduce DATA=folder` or the notebook's `data`. Profile quick needs no download."
+        f"`make reproduce PROFILE=paper` downloads MNIST and SVHN into data/. {ELSEWHERE}"
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.files import verify, verify_listed
 from dmvae_lib.pairing import PairedData
-from dmvae_lib.paper.data import DataSet, Splits, check_asked
+from dmvae_lib.paper.data import ELSEWHERE, DataSet, Splits, check_asked
 from dmvae_lib.paper.data.embedded_flowers import drawn_flowers, flower_classes
 from dmvae_lib.paper.data.features import decode_image, image_features, token_embeddings
 from dmvae_lib.training import resolve_device
@@ -84,18 +84,15 @@ def load_flowers(
     missing, damaged, changed, or do not fit together.
     """
     check_asked("load_flowers", source, evaluation)
-    flowers = embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
-    (backbone, text_model), device = NETWORKS[source], resolve_device(device)
-    weights = Path(root, SQUEEZENET) if source == "subset" else None
+    flowers, (backbone, text_model), device = _read(source, root), NETWORKS[source], resolve_device(device)
     captions: dict[str, list[str]] = {}
     pictures: dict[str, Sequence[Path] | Tensor] = {}
     data, scale = {}, 1.0
     for part, split in (("train", "train"), ("test", evaluation)):
-        rows, images = flowers.rows(split), flowers.images
+        rows = flowers.rows(split)
         labels, pairs = flowers.labels[rows], torch.arange(CAPTIONS * len(rows))
-        pictures[part] = images[rows] if isinstance(images, Tensor) else [images[row] for row in rows.tolist()]
         captions[part] = [caption for row in rows.tolist() for caption in flowers.captions[row]]
-        features = image_features(pictures[part], backbone, weights, cache, device)
+        pictures[part], features = _pictures(flowers, rows, source, root, cache=cache, device=device)
         tokens, _ = token_embeddings(captions[part], text_model, cache=cache, device=device)
         if part == "train":
             scale = features.std().item()
@@ -146,20 +143,29 @@ def unseen_flowers(
     """
     if source not in NETWORKS:
         raise DMVAEError(f"unseen_flowers: unknown source {source!r}; expected one of {', '.join(NETWORKS)}.")
-    flowers = embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
-    (backbone, text_model), rows = NETWORKS[source], flowers.rows("test")
-    images = flowers.images
-    pictures = images[rows] if isinstance(images, Tensor) else [images[row] for row in rows.tolist()]
-    weights = Path(root, SQUEEZENET) if source == "subset" else None
-    features = image_features(pictures, backbone, weights, cache, resolve_device(device))
+    flowers, (backbone, text_model) = _read(source, root), NETWORKS[source]
+    rows, how = flowers.rows("test"), {"cache": cache, "device": resolve_device(device)}
+    pictures, features = _pictures(flowers, rows, source, root, **how)
     test = PairedData.aligned({"image": features / scale}, flowers.labels[rows])
     facts = {"backbone": backbone, "text_model": text_model, "names": flowers.names, "pictures": {"test": pictures}}
     return Splits(test, test, {"image": TITLES[source]}, source, facts)
 
 
-def embedded_flowers(seed: int = 0) -> Flowers:
+def _read(source: str, root: str | os.PathLike) -> Flowers:
+    return embedded_flowers() if source == "embedded" else load_oxford(root, download=source == "full")
+
+
+def _pictures(flowers: Flowers, rows: Tensor, source: str, root: str | os.PathLike, **how: Any) -> tuple[Any, Tensor]:
+    """The images of some rows, and their features by the source's backbone; how: as `image_features` takes it."""
+    images = flowers.images
+    pictures = images[rows] if isinstance(images, Tensor) else [images[row] for row in rows.tolist()]
+    weights = Path(root, SQUEEZENET) if source == "subset" else None
+    return pictures, image_features(pictures, NETWORKS[source][0], weights, **how)
+
+
+def embedded_flowers() -> Flowers:
     """The drawn flowers (`drawn_flowers`), classes 0 to 63."""
-    images, labels, captions = drawn_flowers(seed)
+    images, labels, captions = drawn_flowers()
     kinds, classes = flower_classes()
     names = {
         number: f"{kind.count} {kind.length} {kind.tip} {kind.petals} petals, {kind.size} {kind.centre} centre"
@@ -310,6 +316,5 @@ def _missing(what: str, path: Path, detail: str = "") -> DMVAEError:
     return DMVAEError(
         f"{what}: there is no {path.absolute()}{detail}. `make reproduce PROFILE=paper` downloads the images on a machine "
         f"with network access; the captions ({CAPTION_FOLDER}, Reed et al. 2016) have no published checksum: put the "
-        "folder there, or call fetch_captions with a URL and digest that you trust. If the files are elsewhere, name "
-        "their folder, `make reproduce DATA=folder` or the notebook's `data`. Profile quick needs no download."
+        f"folder there, or call fetch_captions with a URL and digest that you trust. {ELSEWHERE}"
     )

@@ -21,8 +21,7 @@ from dmvae_lib.files import atomic_write, locked, read_json, remove_leftovers, s
 from dmvae_lib.pairing import PairedData
 from dmvae_lib.paper import networks
 from dmvae_lib.paper.data import SOURCES, DataSet, Splits, check_asked
-from dmvae_lib.paper.data.digits import Labelled, handwritten
-from dmvae_lib.paper.data.embedded_digits import VERSIONS
+from dmvae_lib.paper.data.digits import Labelled, handwritten, kept
 
 SIDE = 256  # pixels of a texture
 THRESHOLD = 128  # of 255: brighter pixels of a digit invert its background
@@ -147,9 +146,8 @@ def load(
     """
     check_asked("polymnist", source, evaluation)
     train, test = handwritten(source, Path(root))
-    kept = len(train[1]) - len(train[1]) // 10
-    kept += -kept % (VERSIONS if source == "embedded" else 1)  # the versions of one embedded digit stay together
-    folds = {"train": (train, [kept, len(train[1]) - kept]), "test": (test, [len(test[1])])}
+    n = kept(train[1], source)
+    folds = {"train": (train, [n, len(train[1]) - n]), "test": (test, [len(test[1])])}
     items: dict[str, dict[str, np.ndarray]]
     if cache is None:
         items = {part: {name: _draw(part, name, *of) for name in MODALITIES} for part, of in folds.items()}
@@ -160,14 +158,12 @@ def load(
         labels = folds[part][0][1]
         return PairedData.aligned({name: x[rows] for name, x in items[part].items()}, labels[rows])
 
-    everything = slice(None)
-    parts = (
-        {"test": tuples("test", everything)} if evaluation == "test" else {"test": tuples("train", slice(kept, None))}
-    )
     # Of "subset" the validation tenth is left out of training either way: every run has a curve of its scores.
-    parts["train"] = tuples("train", slice(kept) if evaluation == "validation" or source == "subset" else everything)
+    held_out = evaluation == "validation" or source == "subset"
+    trained = tuples("train", slice(n if held_out else None))
+    evaluated = tuples("test", slice(None)) if evaluation == "test" else tuples("train", slice(n, None))
     what = "scikit-learn digits" if source == "embedded" else "MNIST"
-    return Splits(parts["train"], parts["test"], {name: f"{what} on {name}" for name in MODALITIES}, source)
+    return Splits(trained, evaluated, {name: f"{what} on {name}" for name in MODALITIES}, source)
 
 
 def _draw(part: str, modality: str, digits: Labelled, folds: list[int]) -> np.ndarray:
