@@ -11,8 +11,9 @@ from dmvae_lib import PairedData
 from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.data.polymnist import POLYMNIST
 from dmvae_lib.paper.profiles import get_profile
-from dmvae_lib.paper.rows import FLOWERS, incomplete
 from dmvae_lib.paper.rows import ROWS as TABLES
+from dmvae_lib.paper.rows.flowers import FLOWERS
+from dmvae_lib.paper.rows.incomplete import incomplete
 
 GOLDEN = Path(__file__).with_name("golden.json")
 PROFILE = replace(get_profile("quick"), width=0.125, particles=3, retrieval_hidden=8)

@@ -9,8 +9,8 @@ from toy import MVAE_ROW, ROW, TOY, place_in
 from dmvae_lib import DMVAEError
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.reproduce import runs_of
-from dmvae_lib.paper.rows import TABLE1, incomplete
-from dmvae_lib.paper.rows.incomplete import complete_in_part
+from dmvae_lib.paper.rows import TABLE1
+from dmvae_lib.paper.rows.incomplete import complete_in_part, incomplete
 from dmvae_lib.paper.runs import Run, setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
