@@ -164,11 +164,6 @@ def test_processors_of_other_kinds_draw_the_same_digits():
     assert len(drawn) == 1 and drawn.pop()
 
 
-def test_no_house_numbers_are_refused():
-    with pytest.raises(DMVAEError, match="n=0"):
-        house_numbers(0)
-
-
 def test_the_committed_runs_are_of_these_data(embedded):
     """Results on data that have changed would stand in one table with those on the new ones: retrain, or take out."""
     of = {path.name: json.loads(path.read_text()) for path in RUNS.glob("*.json")}
@@ -433,7 +428,6 @@ def test_the_data_set_survives_pickling_and_can_be_a_key():
         (lambda: MNIST_SVHN.networks("jvae", "mnist", 1, 10, 1.0, "release"), "'jvae' for 'mnist'; expected dmvae"),
         (lambda: MNIST_SVHN.networks("dmvae", "usps", 1, 10, 1.0, "release"), "'dmvae' for 'usps'"),
         (lambda: MNIST_SVHN.networks("dmvae", "svhn", 1, 10, 1.0, "xavier"), "'xavier'; expected one of release"),
-        (lambda: MNIST_SVHN.classifier("usps"), "'usps'; expected one of mnist, svhn"),
     ],
 )
 def test_unknown_names_are_an_error(call, message):

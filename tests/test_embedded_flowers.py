@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from dmvae_lib.errors import DMVAEError
 from dmvae_lib.paper.data.embedded_flowers import (
     ATTRIBUTES,
     COLOURS,
@@ -127,11 +126,6 @@ def test_pictures_and_captions_of_a_seed_do_not_change(drawn):
     images, _, texts = drawn
     assert images.float().mean((0, 2, 3)).tolist() == pytest.approx(MEANS, abs=0.01)  # of 255; not bits: CPUs differ
     assert hashlib.sha256("\n".join(text for lines in texts for text in lines).encode()).hexdigest()[:16] == CAPTIONS
-
-
-def test_a_negative_seed_is_an_error():
-    with pytest.raises(DMVAEError, match="seed=-1; expected at least 0"):
-        drawn_flowers(-1)
 
 
 # --- captions ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dmvae_lib.paper.rows.flower_dmvae import CROSS_TERMS, FlowerDMVAE
 from dmvae_lib.paper.rows.flowers import FLOWER_DMVAE, FLOWERS, PARTS, TABLE2, objective, retrieval_of
 from dmvae_lib.paper.rows.gmm_hglmm import GMMHGLMM, HybridMixture, principal_axes
 from dmvae_lib.paper.rows.iatv import IATV, pair_loss, remember
-from dmvae_lib.paper.rows.joint_embedding import IdentityClassifier, ranking
+from dmvae_lib.paper.rows.joint_embedding import ranking
 from dmvae_lib.paper.rows.timam import TIMAM, reverse_gradient
 from dmvae_lib.paper.rows.triplet import Triplet
 
@@ -827,12 +827,10 @@ BATCH, LABELS = small_batch()
         (lambda: made("FlowerDMVAE").loss(BATCH, LABELS[:2]), "'labels': 2"),
         (lambda: made("CMPMCMPC").loss(BATCH, LABELS + 1), r"labels \[42, 44, 51, 78\]"),
         (lambda: made("IATV").loss(BATCH, LABELS - 41), r"labels \[0, 2, 9, 36\]"),
-        (lambda: IdentityClassifier([], 3), "no training class"),
         (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, matching=-1.0), "matching=-1"),
         (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, matching=0.0, evidence=False), "evidence=False"),
         (lambda: FlowerDMVAE(4, 4, 4, WEIGHTS, without=["image<-smell"]), "image<-smell"),
         (lambda: HybridMixture(5, 2, False).fit(torch.randn(3, 2)), "5 components.*found 3"),
-        (lambda: GMMHGLMM(4, 4, dim=9, text_dim=8), "at most 8"),
         (lambda: principal_axes(torch.randn(5, 9), 6), "PCA to 6 dimensions from 5 items of 9"),
         (lambda: evaluate_retrieval(Given(), random_data(), k=25), "k=25.*found 24"),
         (

@@ -72,10 +72,8 @@ def house_numbers(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     Half of the figures are lighter than their wall and half are darker, as in SVHN: the mean of both shows no figure,
     so that a decoder needs a private code to draw one.
 
-    Raises DMVAEError for n < 1 or a font that matplotlib does not ship.
+    Raises DMVAEError for a font that matplotlib does not ship.
     """
-    if n < 1:
-        raise DMVAEError(f"house_numbers: n={n}; expected at least 1.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 10
     # 500 images at a time: the working set stays within the caches.

@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmvae_lib.errors import DMVAEError
-
 # --- classes -----------------------------------------------------------------------------------------------------
 
 COLOURS = {  # of petals, centres and patterns, RGB in [0, 1]
@@ -88,11 +86,7 @@ def drawn_flowers(seed: int = 0) -> tuple[Tensor, Tensor, list[list[str]]]:
 
     A class has IMAGES of its split. What the captions describe is the class's; background, stem, position, rotation,
     tilt, size and light are each image's own. The same seed gives the same flowers.
-
-    Raises DMVAEError for a negative seed.
     """
-    if seed < 0:
-        raise DMVAEError(f"drawn_flowers: seed={seed}; expected at least 0.")
     kinds, splits = flower_classes()
     labels = torch.cat([torch.tensor(members).repeat_interleave(IMAGES[name]) for name, members in splits.items()])
     flowers = [kinds[label] for label in labels.tolist()]

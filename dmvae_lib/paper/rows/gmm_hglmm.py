@@ -117,8 +117,6 @@ class GMMHGLMM(nn.Module):
         iterations: int = 20,
     ):
         super().__init__()
-        if dim > (most := min(text_dim, image_dim_reduced)):
-            raise DMVAEError(f"GMMHGLMM: dim={dim}; CCA has at most {most} directions here.")
         self.iterations, self.text_dim, self.image_dim_reduced = iterations, text_dim, image_dim_reduced
         self.gmm = HybridMixture(components, word_dim, hybrid=False)
         self.hglmm = HybridMixture(components, word_dim, hybrid=True)
