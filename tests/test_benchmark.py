@@ -1,9 +1,8 @@
 """The benchmark compares like with like: the plain loop computes Eq. 3 as the library does."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import bench
 import pandas as pd
 import pytest
 import torch
@@ -11,10 +10,6 @@ import torch
 from dmvae_lib import DMVAEError, PairedData
 from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.profiles import get_profile
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import bench  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = replace(get_profile("smoke"), width=0.125, batch_size=5)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import field
 import numpy as np
 import pytest
 import torch
@@ -386,9 +387,6 @@ def test_without_the_package_a_row_says_what_is_missing(monkeypatch):
 
 
 def test_make_field_trains_judges_first_then_seed_by_seed():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import field
-
     place = Setting(get_profile("smoke"), seeds=2)
     runs = [(run.row.name, run.seed) for run in field.runs_of(place, theirs=True)]
     assert len(runs) == len(set(runs)) and [seed for _, seed in runs[:7]] == [0] * 7

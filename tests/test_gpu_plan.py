@@ -6,16 +6,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gpu
 import pandas as pd
+import parity
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import gpu  # noqa: E402
-import parity  # noqa: E402
-
-from dmvae_lib.paper.runs import setting  # noqa: E402
+from dmvae_lib.paper.runs import setting
 
 CPU = torch.device("cpu")
 

@@ -1,19 +1,15 @@
 """benchmarks/grid.py: its cells, its choice, and that the rows use what it chose."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import grid
 import pandas as pd
 import pytest
 from toy import MVAE_ROW, ROW, place_in
 
 from dmvae_lib.paper import runs
 from dmvae_lib.paper.profiles import get_profile
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import grid  # noqa: E402
 
 SUBSET = get_profile("subset")
 EVERY = [(number, title, row) for number, rows in grid.TABLES.items() for title, row in rows.items()]

@@ -1,18 +1,12 @@
 """Growth: what is measured, each point in a process of its own, and the picture of it."""
 
-import sys
-from pathlib import Path
-
+import growth
 import pandas as pd
 import pytest
 import torch
 
 from dmvae_lib import DMVAEError
 from dmvae_lib.paper.profiles import get_profile
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import growth  # noqa: E402
 
 
 @pytest.fixture(scope="module")

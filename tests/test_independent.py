@@ -1,10 +1,9 @@
 """MultiVae, given our networks, computes our objectives: so a difference between the trained models is no artefact."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import independent
 import pytest
 import torch
 
@@ -15,10 +14,6 @@ from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows.digits import TABLE1
 from dmvae_lib.paper.runs import Run, Setting
 from dmvae_lib.training import batches
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import independent  # noqa: E402
 
 CPU = torch.device("cpu")
 

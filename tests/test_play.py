@@ -1,9 +1,9 @@
 """The site's page to play with: what stands where in its picture, and that its sliders show it."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
+import play
 import pytest
 import torch
 from browser import chromium, needs_chromium
@@ -15,9 +15,6 @@ from dmvae_lib.paper.profiles import SMOKE
 from dmvae_lib.paper.rows.digits import DMVAE_ROW
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-sys.path.append(str(DOCS))
-
-import play  # noqa: E402
 
 
 @pytest.fixture(scope="module")
