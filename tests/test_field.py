@@ -192,7 +192,7 @@ def test_entries_are_missing_at_their_rate_but_no_tuple_is_empty():
             "polymnist-dmvae-missing50",
             "polymnist-mvae-missing20",
             "polymnist-mvae-missing50",
-        ),
+        )
     ]
 
 

@@ -293,12 +293,7 @@ def test_seconds_are_those_of_all_parts(tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [
-        {"identity": "another"},
-        {"seed": 1},
-        {"plan": replace(PLAN, learning_rate=0.1)},
-        {"evaluate_every": 2},
-    ],
+    [{"identity": "another"}, {"seed": 1}, {"plan": replace(PLAN, learning_rate=0.1)}, {"evaluate_every": 2}],
     ids=lambda other: next(iter(other)),
 )
 def test_another_runs_checkpoint_is_refused(tmp_path, other):

@@ -141,7 +141,7 @@ PAPER = Profile(
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
-STEPS = ("steps", "anneal_steps", "particle_steps", "retrieval_steps", "tuple_steps", "tuple_anneal_steps")  # no judge's
+STEPS = ("steps", "anneal_steps", "particle_steps", "retrieval_steps", "tuple_steps", "tuple_anneal_steps")
 
 
 def shortened(profile: Profile, share: float) -> Profile:

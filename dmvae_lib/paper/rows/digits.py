@@ -90,14 +90,7 @@ def mvae(
 
 
 def mmvae(
-    data: DataSet,
-    splits: Splits,
-    *,
-    shared_dim: int,
-    weights: Weights,
-    width: float,
-    initialise: str,
-    particles: int,
+    data: DataSet, splits: Splits, *, shared_dim: int, weights: Weights, width: float, initialise: str, particles: int
 ) -> MMVAE:
     """Shi et al. 2019: a mixture of Laplace experts, networks of its own, Laplace likelihoods of scale 0.75."""
     options: dict[str, Any] = {"family": "mmvae", "likelihood": laplace(0.75)._replace(unit=True)}
@@ -208,9 +201,7 @@ def judge(data: DataSet, modality: str, schedule: Callable[[Profile], Schedule] 
 
 
 @lru_cache(maxsize=8)
-def judges(
-    setting: Setting, data: DataSet, schedule: Callable[[Profile], Schedule] = judging
-) -> dict[str, Run]:
+def judges(setting: Setting, data: DataSet, schedule: Callable[[Profile], Schedule] = judging) -> dict[str, Run]:
     """{modality: the run of its evaluation classifier}, of seed 0; built once per process."""
     return {name: Run(judge(data, name, schedule), 0, setting) for name in data.modalities}
 
@@ -307,9 +298,7 @@ TABLE3 = {
 }
 # The authors' public release multiplies the joint reconstructions by zero and keeps their KLs.
 RELEASE = _variant(
-    "dmvae-release",
-    "as released",
-    without=["log_likelihood(mnist<-joint)", "log_likelihood(svhn<-joint)"],
+    "dmvae-release", "as released", without=["log_likelihood(mnist<-joint)", "log_likelihood(svhn<-joint)"]
 )
 DIGITS = tuple({row.name: row for row in (*TABLE1.values(), *RELATED.values(), *TABLE3.values(), RELEASE)}.values())
 JUDGES = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}

@@ -56,14 +56,7 @@ class IATV(LSTMEmbedding):
     classes: the labels that occur in training.
     """
 
-    def __init__(
-        self,
-        image_dim: int,
-        token_dim: int,
-        classes: Sequence[int],
-        dim: int,
-        temperature: float,
-    ):
+    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int, temperature: float):
         super().__init__(image_dim, token_dim, dim)
         self.co_attention = CoAttention(image_dim, token_dim, MATCH_DIM)
         self.temperature = temperature

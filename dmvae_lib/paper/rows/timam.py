@@ -28,14 +28,7 @@ class TIMAM(LSTMEmbedding):
     discriminator and embeddings; here the image feature is fixed and a reversed gradient does both in one step.
     """
 
-    def __init__(
-        self,
-        image_dim: int,
-        token_dim: int,
-        classes: Sequence[int],
-        dim: int,
-        adversarial: float,
-    ):
+    def __init__(self, image_dim: int, token_dim: int, classes: Sequence[int], dim: int, adversarial: float):
         super().__init__(image_dim, token_dim, dim)
         self.classifier = IdentityClassifier(classes, dim)
         self.discriminator = nn.Sequential(nn.Linear(dim, 256), nn.ReLU(), nn.Linear(256, 1))
@@ -43,10 +36,7 @@ class TIMAM(LSTMEmbedding):
 
     def loss(self, batch: Batch, labels: Tensor, beta: float = 1.0) -> Terms:
         image, text = self.embed(batch, labels)
-        identity = {
-            "identity(image)": self.classifier(image, labels),
-            "identity(text)": self.classifier(text, labels),
-        }
+        identity = {"identity(image)": self.classifier(image, labels), "identity(text)": self.classifier(text, labels)}
         logits = self.discriminator(reverse_gradient(torch.cat([image, text])))[:, 0]
         is_image = torch.cat([torch.ones(len(image)), torch.zeros(len(text))]).to(logits)
         discriminator = self.adversarial * F.binary_cross_entropy_with_logits(logits, is_image)
