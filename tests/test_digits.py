@@ -16,8 +16,11 @@ import torch
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.paper.data import digits
+from dmvae_lib.paper.data.cdsprites import CDSPRITES
 from dmvae_lib.paper.data.digits import MNIST_SVHN
 from dmvae_lib.paper.data.embedded_digits import VERSIONS, handwritten_digits, house_numbers
+from dmvae_lib.paper.data.flowers import FLOWERS
+from dmvae_lib.paper.data.polymnist import POLYMNIST
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 RUNS = Path(__file__).resolve().parents[1] / "results" / "quick" / "runs"
@@ -373,16 +376,12 @@ def test_a_damaged_download_is_refused_and_the_next_one_begins_anew(official, mo
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"source": "quick"}, "unknown source 'quick'; expected one of embedded, subset, full"),
-        ({"source": "embedded", "evaluation": "train"}, "unknown evaluation 'train'; expected one of test, validation"),
-    ],
-)
-def test_bad_arguments_list_the_choices(arguments, message):
-    with pytest.raises(DMVAEError, match=message):
-        load(**arguments)
+@pytest.mark.parametrize("data", [MNIST_SVHN, FLOWERS, POLYMNIST, CDSPRITES[1]], ids=lambda data: data.name)
+def test_every_loader_refuses_an_unknown_source_and_evaluation(data):
+    with pytest.raises(DMVAEError, match="unknown source 'quick'; expected one of embedded, subset, full"):
+        data.load("quick")
+    with pytest.raises(DMVAEError, match="unknown evaluation 'train'; expected one of test, validation"):
+        data.load("embedded", evaluation="train")
 
 
 # --- the data set as an object ---------------------------------------------------------------------------------

@@ -118,11 +118,7 @@ def test_kept_images_are_mapped_the_same_as_drawn_ones_and_refused_when_damaged(
         poly.load("embedded", cache=tmp_path)
 
 
-def test_unknown_source_evaluation_and_networks():
-    with pytest.raises(DMVAEError, match="polymnist: unknown source 'cifar'"):
-        poly.load("cifar")
-    with pytest.raises(DMVAEError, match="unknown evaluation 'train'"):
-        poly.load("embedded", evaluation="train")
+def test_unknown_networks():
     with pytest.raises(DMVAEError, match="no networks 'telbo'"):
         poly.build_networks("telbo", "grain", 1, 1, 1.0, "pytorch")
 

@@ -174,18 +174,6 @@ def test_every_source_has_a_weight_for_every_modality():
     assert all(set(weights) == set(FLOWERS.modalities) for weights in FLOWERS.weights.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("oxford",), "unknown source 'oxford'; expected one of embedded, subset, full"),
-        (("embedded", ".", "train"), "unknown evaluation 'train'; expected one of test, validation"),
-    ],
-)
-def test_bad_arguments_list_the_choices(arguments, message):
-    with pytest.raises(DMVAEError, match=message):
-        load_flowers(*arguments)
-
-
 # --- the real data -----------------------------------------------------------------------------------------------
 
 

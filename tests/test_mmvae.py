@@ -71,31 +71,6 @@ def log_weights(model, batch, samples, hold_q):
 # --- distributions -------------------------------------------------------------------------------------------
 
 
-def test_laplace_samples_have_its_moments():
-    q = Laplace(torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor([0.3, 2.0], dtype=torch.float64))
-    z = q.rsample(torch.Generator().manual_seed(0), n=400_000)
-    deviation = (z - q.mean) / q.scale
-    # standard errors for a Laplace of scale 1: sqrt(2 / n), 1 / sqrt(n), sqrt(20 / n); tolerances are five of each
-    assert (deviation.mean(0).abs() < 0.012).all()
-    assert ((deviation.abs().mean(0) - 1).abs() < 0.008).all()
-    assert ((deviation.square().mean(0) - 2).abs() < 0.036).all()
-
-
-def test_mixture_density_is_the_mean_of_the_experts_and_integrates_to_one():
-    model, batch = linear_mmvae(3, shared_dim=1), data(3)
-    posterior = model.infer(batch)
-    grid = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
-    density = posterior.joint.log_prob(grid[:, None, None]).exp()  # (grid, B)
-    torch.testing.assert_close(
-        torch.trapezoid(density, grid, dim=0), torch.ones(4, dtype=torch.float64), atol=1e-6, rtol=0
-    )
-    experts = [
-        (-(grid[:, None] - q.mean[:, 0]).abs() / q.scale[:, 0]).exp() / (2 * q.scale[:, 0])
-        for q in posterior.shared.values()
-    ]
-    torch.testing.assert_close(density, sum(experts) / 3)
-
-
 def test_mixture_draws_every_expert_equally_often_and_all_dimensions_from_one():
     centres = [torch.full((2,), c, dtype=torch.float64) for c in (-100.0, 0.0, 100.0)]
     mixture = Mixture([Laplace(c, torch.ones(2, dtype=torch.float64)) for c in centres])

@@ -42,12 +42,6 @@ def paired(**changes):
 # --- the protocol ----------------------------------------------------------------------------------------------
 
 
-def test_labels_agree_in_every_pair():
-    index_a, index_b = pair_by_class(A, B)
-    assert index_a.dtype == index_b.dtype == torch.int64
-    assert torch.equal(A[index_a], B[index_b])
-
-
 def test_number_of_pairs_is_permutations_times_the_classes_smaller_counts():
     assert len(pair_by_class(A, B, permutations=7)[0]) == 7 * (2 + 2 + 2)
     assert len(pair_by_class(A, B, permutations=7, max_per_class=1)[0]) == 7 * 3
@@ -79,17 +73,18 @@ def test_same_seed_same_pairs_other_seed_other_pairs():
     assert not torch.equal(first[0], other[0])
 
 
-@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, lambda x: x.to(torch.uint8)])
-def test_labels_may_be_lists_arrays_or_tensors(convert):
+@pytest.mark.parametrize(
+    "convert",
+    [
+        torch.Tensor.tolist,
+        lambda labels: labels.to(torch.uint8),
+        *(lambda labels, kind=kind: labels.numpy().astype(kind) for kind in (np.uint8, np.uint16, np.int32, np.int64)),
+    ],
+)
+def test_labels_may_be_lists_arrays_or_tensors_of_any_integers(convert):
     assert all(
         torch.equal(x, y) for x, y in zip(pair_by_class(convert(A), convert(B)), pair_by_class(A, B), strict=True)
     )
-
-
-def test_three_modalities_agree_in_every_tuple():
-    index = pair_many({"a": A, "b": B, "c": C}, permutations=4)
-    assert torch.equal(A[index["a"]], B[index["b"]]) and torch.equal(A[index["a"]], C[index["c"]])
-    assert {len(values) for values in index.values()} == {4 * 6}
 
 
 def test_classes_need_not_be_consecutive():
@@ -132,11 +127,6 @@ def test_no_data_set_is_an_error():
         pair_many({})
 
 
-def test_labels_as_arrays_of_any_integer_type_pair_alike():
-    index = [pair_by_class(A.numpy().astype(kind), B)[0] for kind in (np.uint8, np.uint16, np.int32)]
-    assert torch.equal(index[0], index[1]) and torch.equal(index[0], index[2])
-
-
 @given(st.lists(LABELS, min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 5), SEEDS)
 def test_pairs_agree_on_their_class_and_use_each_item_once_in_a_permutation(labels, permutations, most, seed):
     labels = {str(number): torch.tensor(values) for number, values in enumerate(labels)}
@@ -146,6 +136,7 @@ def test_pairs_agree_on_their_class_and_use_each_item_once_in_a_permutation(labe
             pair_many(labels, permutations, most, seed)
         return
     index = pair_many(labels, permutations, most, seed)
+    assert {rows.dtype for rows in index.values()} == {torch.int64}
     seen = [values[index[name]] for name, values in labels.items()]
     assert all(torch.equal(one, seen[0]) for one in seen)
     smallest = {label: min(most, *(int((values == label).sum()) for values in labels.values())) for label in classes[0]}

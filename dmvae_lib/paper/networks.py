@@ -198,13 +198,13 @@ class JointEncoder(nn.Module):
 # --- flowers (Sec. 5.2; the release has none of it) -------------------------------------------------------------------
 
 
-def feature_encoder(features_dim: int, private_dim: int = 3, shared_dim: int = 64, how: str = "release") -> nn.Module:
+def feature_encoder(features_dim: int, private_dim: int, shared_dim: int, how: str = "release") -> nn.Module:
     """(B, features_dim) -> statistics, linear: the paper's encoder of images and of captions' features (Sec. 5.2)."""
     return initialise(nn.Linear(features_dim, 2 * (private_dim + shared_dim)), how)
 
 
 def feature_decoder(
-    features_dim: int, private_dim: int = 3, shared_dim: int = 64, hidden: int = 512, how: str = "release"
+    features_dim: int, private_dim: int, shared_dim: int, hidden: int, how: str = "release"
 ) -> nn.Module:
     """[private, shared] -> hidden ReLU -> (B, features_dim). The paper is silent on it; the hidden layer is ours."""
     layers = [nn.Linear(private_dim + shared_dim, hidden), nn.ReLU(), nn.Linear(hidden, features_dim)]
