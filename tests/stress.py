@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -39,9 +38,8 @@ import numpy as np
 import pooch
 import torch
 import toy
-from PIL import Image
 from safetensors.torch import save_file
-from scipy.io import savemat
+from standins import member, packed, write_oxford, write_svhn
 from torchvision.datasets import MNIST, SVHN, Flowers102
 
 from dmvae_lib import DMVAE, DMVAEError, PairedData, Schedule, files, train
@@ -450,7 +448,7 @@ def write_digits(folder: Path) -> None:
     """Files in MNIST's and SVHN's formats, drawn here; their checksums take the published ones' place."""
     raw, svhn = folder / "MNIST" / "raw", folder / "svhn"
     raw.mkdir(parents=True)
-    svhn.mkdir()
+    SVHN.split_list.update(write_svhn(svhn, 20))
     generator = np.random.default_rng(0)
     for split, n in (("train", 30), ("t10k", 20)):
         images = generator.integers(256, size=(n, 28, 28), dtype=np.uint8)
@@ -458,11 +456,6 @@ def write_digits(folder: Path) -> None:
             header = np.array([0x800 + values.ndim, *values.shape], ">i4").tobytes()
             (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.tobytes())
     digits.MNIST_SHA256 = {path.name: files.sha256(path) for path in raw.iterdir()}
-    for split in ("train", "test"):
-        path = svhn / f"{split}_32x32.mat"
-        images = generator.integers(256, size=(32, 32, 3, 20), dtype=np.uint8)
-        savemat(path, {"X": images, "y": np.arange(20, dtype=np.uint8)[:, None] % 10 + 1})
-        SVHN.split_list[split] = ["", path.name, files.md5(path)]
     arrays = {"X": np.zeros((10_000, 32, 32, 3), np.uint8), "y": np.arange(10_000, dtype=np.uint8) % 10}
     arrays["X"][:, 0, 0, 0] = generator.integers(256, size=10_000)
     np.savez_compressed(svhn / "test_32x32_first10000.npz", **arrays)
@@ -479,25 +472,6 @@ def corrupted_digits(folder: Path, chance: random.Random) -> Tries:
     return corrupted([*folder.glob("MNIST/raw/*"), *folder.glob("svhn/*")], load, chance)
 
 
-def write_flowers(folder: Path) -> None:
-    """Oxford-102's layout with eight images; the checksums of its labels and splits take the published ones' place."""
-    labels, generator = [3, 3, 1, 4, 1, 2, 4, 2], np.random.default_rng(0)
-    images, captions = folder / "flowers-102", folder / flowers.CAPTION_FOLDER
-    (images / "jpg").mkdir(parents=True)
-    for number, label in enumerate(labels, 1):
-        pixels = generator.integers(256, size=(20, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / "jpg" / f"image_{number:05}.jpg")
-        path = captions / "text_c10" / f"class_{label:05}" / f"image_{number:05}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"flower {number}, caption {line}\n" for line in range(10)))
-    for split, members in {"train": (3, 4), "validation": (1,), "test": (2,)}.items():
-        (captions / flowers.CLASS_LISTS[split]).write_text("".join(f"class_{number:05}\n" for number in members))
-    splits = {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6]]}
-    for key, name, values in (("label", "imagelabels.mat", {"labels": [labels]}), ("setid", "setid.mat", splits)):
-        savemat(images / name, values)
-        Flowers102._file_dict[key] = (name, files.md5(images / name))
-
-
 def oxford(root: Path, **options) -> tuple:
     found = flowers.load_oxford(root, **options)
     return found.captions, found.labels.tolist(), found.classes, [path.read_bytes() for path in found.images]
@@ -505,7 +479,7 @@ def oxford(root: Path, **options) -> tuple:
 
 def corrupted_flowers(folder: Path, chance: random.Random) -> Tries:
     """What has no published checksum is listed in a MANIFEST.sha256 beside it, which is damaged too."""
-    write_flowers(folder)
+    Flowers102._file_dict.update(write_oxford(folder))
     (folder / "weights").mkdir()
     save_file({"weight": torch.rand(50)}, folder / flowers.SQUEEZENET)
     paths = [path for pattern in flowers.UNPUBLISHED for path in folder.glob(pattern)]
@@ -564,27 +538,19 @@ def serve(chance: random.Random) -> tuple[ThreadingHTTPServer, str]:
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
-def packed(folder: Path, *members: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
-        file.add(folder, arcname=folder.name)
-        for member in members:
-            file.addfile(member)
-    return buffer.getvalue()
-
-
 def downloads(folder: Path, chance: random.Random) -> Tries:
     """After each fault the data are right or refused, and a good server then gives them; nothing else is left."""
     (server, url), source = serve(chance), folder / "source"
     write_digits(source)
-    write_flowers(source)
+    Flowers102._file_dict.update(write_oxford(source))
     numbers = {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in source.glob("MNIST/raw/*")}
     MNIST.mirrors = [f"{url}/"]
     MNIST.resources = [(name, hashlib.md5(content).hexdigest()) for name, content in numbers.items()]
     numbers |= {path.name: path.read_bytes() for path in source.glob("svhn/*.mat")}
     for entry in SVHN.split_list.values():
         entry[0] = f"{url}/{entry[1]}"
-    captions, images = packed(source / flowers.CAPTION_FOLDER), packed(source / "flowers-102" / "jpg")
+    captions = packed(source / flowers.CAPTION_FOLDER, flowers.CAPTION_FOLDER)
+    images = packed(source / "flowers-102" / "jpg", "jpg")
     plants = {path.name: path.read_bytes() for path in source.glob("flowers-102/*.mat")}
     plants |= {"captions.tar.gz": captions, "102flowers.tgz": images}
     Flowers102._file_dict["image"] = ("102flowers.tgz", hashlib.md5(images).hexdigest())
@@ -617,11 +583,6 @@ def archives(folder: Path, chance: random.Random) -> Tries:
     source.mkdir()
     (source / "classes.txt").touch()
 
-    def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
-        info = tarfile.TarInfo(name)
-        info.type, info.linkname = kind, target
-        return info
-
     outside, link = folder / "outside", f"{source.name}/link"
     evil = [
         [member(f"{source.name}/../../../outside")],
@@ -633,7 +594,7 @@ def archives(folder: Path, chance: random.Random) -> Tries:
         *([member(link, kind)] for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)),
     ]
     for place, members in zip(places(folder), evil):
-        server.files["archive"] = packed(source, *members)
+        server.files["archive"] = packed(source, source.name, *members)
         digest = hashlib.sha256(server.files["archive"]).hexdigest()
         right = held(partial(flowers.fetch_captions, f"{url}/archive", digest, place), place / source.name, str(place))
         beside = {path.name for path in place.rglob("*")} - {source.name, "classes.txt"}

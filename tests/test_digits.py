@@ -13,6 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from standins import write_svhn
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.paper.data import digits
@@ -262,17 +263,9 @@ def test_a_file_left_by_another_program_is_not_read_instead_of_mnist(root):
 @pytest.fixture
 def official(tmp_path, monkeypatch):
     """Small SVHN .mat files as published: (32, 32, 3, N), digit 0 written 10; torchvision is told their MD5s."""
-    from scipy.io import savemat
     from torchvision.datasets import SVHN
 
-    (tmp_path / "svhn").mkdir()
-    known = {}
-    for seed, (split, (url, name, _)) in enumerate(SVHN.split_list.items()):
-        generator = np.random.default_rng(seed)
-        images = generator.integers(0, 256, (32, 32, 3, 40), dtype=np.uint8)
-        savemat(tmp_path / "svhn" / name, {"X": images, "y": np.arange(40, dtype=np.uint8)[:, None] % 10 + 1})
-        known[split] = [url, name, hashlib.md5((tmp_path / "svhn" / name).read_bytes()).hexdigest()]
-    monkeypatch.setattr(SVHN, "split_list", known)
+    monkeypatch.setattr(SVHN, "split_list", write_svhn(tmp_path / "svhn", 40))
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """The flowers: zero-shot splits, images and captions that join, and that nothing damaged or missing passes."""
 
 import hashlib
-import io
 import tarfile
 import tempfile
 import threading
@@ -17,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
+from standins import LABELS, caption_file, member, packed, write_oxford
+from torchvision.datasets import Flowers102
 
 from dmvae_lib.errors import DMVAEError
 from dmvae_lib.pairing import PairedData
@@ -37,41 +38,15 @@ from dmvae_lib.paper.data.flowers import (
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 real = pytest.mark.skipif(not (SHARED / "cvpr2016_flowers").is_dir(), reason="the real data is not here")
-LABELS = [3, 3, 1, 4, 1, 2, 4, 2]  # of images 1 to 8
-LISTS = {"trainclasses.txt": (3, 4), "valclasses.txt": (1,), "testclasses.txt": (2,)}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def caption_file(root, number):
-    return root / "cvpr2016_flowers" / "text_c10" / f"class_{LABELS[number - 1]:05}" / f"image_{number:05}.txt"
-
-
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A data folder in the layout of Oxford-102, eight images of four classes, to be damaged by a test."""
-    (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    for number in range(1, len(LABELS) + 1):
-        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(tmp_path / "flowers-102" / "jpg" / f"image_{number:05}.jpg")
-        path = caption_file(tmp_path, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"a flower of image {number}, caption {line}\n" for line in range(10)))
-    for name, members in LISTS.items():
-        (tmp_path / "cvpr2016_flowers" / name).write_text("".join(f"class_{number:05}\n" for number in members))
-    mat = tmp_path / "flowers-102" / "imagelabels.mat"
-    savemat(mat, {"labels": np.array([LABELS], dtype=np.uint8)})
-    sets = tmp_path / "flowers-102" / "setid.mat"
-    savemat(sets, {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6]]})
-    files = {
-        name: (path.name, hashlib.md5(path.read_bytes()).hexdigest())
-        for name, path in (("label", mat), ("setid", sets))
-    }
-    monkeypatch.setattr(
-        torchvision.datasets.Flowers102, "_file_dict", torchvision.datasets.Flowers102._file_dict | files
-    )
+    monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | write_oxford(tmp_path))
     return tmp_path
 
 
@@ -403,16 +378,6 @@ def server():
     server.server_close()
 
 
-def packed(folder, name, *members):
-    """A tar archive of a folder under a name of its own, and of further members."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
-        file.add(folder, arcname=name)
-        for member in members:
-            file.addfile(member)
-    return buffer.getvalue()
-
-
 def digest_of(content):
     return hashlib.sha256(content).hexdigest()
 
@@ -421,9 +386,9 @@ def test_images_are_downloaded_by_torchvision_and_verified(root, server, tmp_pat
     images = packed(root / "flowers-102" / "jpg", "jpg")
     server.files = {f"/{path.name}": path.read_bytes() for path in (root / "flowers-102").glob("*.mat")}
     server.files["/102flowers.tgz"] = images[:-1] + b"!"
-    known = torchvision.datasets.Flowers102._file_dict | {"image": ("102flowers.tgz", hashlib.md5(images).hexdigest())}
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", known)
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_download_url_prefix", f"{server.url}/")
+    known = Flowers102._file_dict | {"image": ("102flowers.tgz", hashlib.md5(images).hexdigest())}
+    monkeypatch.setattr(Flowers102, "_file_dict", known)
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", f"{server.url}/")
     new = tmp_path / "new"
     new.mkdir()
     (root / "cvpr2016_flowers").rename(new / "cvpr2016_flowers")
@@ -448,13 +413,6 @@ def test_the_captions_archive_is_fetched_and_unpacked(server, root):
         fetch_captions(f"{server.url}/archive", digest_of(archive), root)
 
 
-def member(name, **fields):
-    info = tarfile.TarInfo(name)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info
-
-
 @pytest.mark.parametrize(
     ("archive", "message"),
     [
@@ -463,7 +421,7 @@ def member(name, **fields):
         (lambda folder: packed(folder, "cvpr2016_flowers")[:-200], "tar archive of a folder cvpr2016_flowers"),
         (
             lambda folder: packed(
-                folder, "cvpr2016_flowers", member("cvpr2016_flowers/a", type=tarfile.SYMTYPE, linkname="text_c10")
+                folder, "cvpr2016_flowers", member("cvpr2016_flowers/a", tarfile.SYMTYPE, "text_c10")
             ),
             "cvpr2016_flowers/a is no plain file",
         ),
@@ -471,7 +429,7 @@ def member(name, **fields):
             lambda folder: packed(
                 folder,
                 "cvpr2016_flowers",
-                member("cvpr2016_flowers/b", type=tarfile.LNKTYPE, linkname="cvpr2016_flowers/valclasses.txt"),
+                member("cvpr2016_flowers/b", tarfile.LNKTYPE, "cvpr2016_flowers/valclasses.txt"),
             ),
             "cvpr2016_flowers/b is no plain file",
         ),
