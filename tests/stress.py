@@ -431,7 +431,7 @@ def corrupted_results(folder: Path, chance: random.Random) -> Tries:
         page = pages.index(place.results.parent)
         if changed := [line for line in page.splitlines() if "**changed since" in line]:
             raise DMVAEError("\n".join(changed))
-        return page, pages.readme_results(place.results.parent, {name: (name, None) for name in ("table0", "table1")})
+        return page
 
     return corrupted([path for path in place.results.iterdir() if path.is_file()], load, chance)
 

@@ -90,7 +90,8 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
         for profile, entries in _manifests(results).items()
     }
     nearest = [profile for profile in reversed(PROFILES) if profile in manifests]  # from the paper's data to stand-ins
-    lines, profiles, counts = [], {}, {}
+    lines, profiles = [], {}
+    counts: dict[str, Counter[str]] = {}
     for name, best in tables.items():
         for profile in nearest:
             folder, entries = results / profile, manifests[profile]
@@ -108,12 +109,6 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
             break
     if not lines:
         return "No profile has results of the present code; `make reproduce` makes them.\n"
-    first = next(([profile, manifests[profile][PICTURE]] for profile in nearest if PICTURE in manifests[profile]), None)
-    picture = (
-        [f"![{first[1]['caption'].partition(';')[0]}](results/{first[0]}/{PICTURE}.png)", "", f"*{first[1]['caption']}*", ""]
-        if first
-        else []
-    )
     said = [
         f"on {data} {', '.join(f'{n} {verdict}' for verdict, n in of_data.items())}"
         for data, of_data in counts.items()
@@ -123,7 +118,15 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
     about += "A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb)). "
     about += "Tables: percent, mean ± standard deviation over seeds, without ± of one seed; *(the paper's number)*. "
     about += f"Profile {'; '.join(profiles.values())}."
-    return "\n".join([*picture, about, "", *lines])
+    return "\n".join([*_picture(nearest, manifests), about, "", *lines])
+
+
+def _picture(nearest: Sequence[str], manifests: Mapping[str, Mapping[str, dict]]) -> list[str]:
+    """`PICTURE` over its caption, from the first of these profiles that has it."""
+    for profile in (profile for profile in nearest if PICTURE in manifests[profile]):
+        caption = manifests[profile][PICTURE]["caption"]
+        return [f"![{caption.partition(';')[0]}](results/{profile}/{PICTURE}.png)", "", f"*{caption}*", ""]
+    return []
 
 
 def _titled(name: str, profile: str, caption: str, best: int | None) -> str:
