@@ -193,7 +193,7 @@ def test_committed_results_are_the_files_their_manifest_lists(folder):
     assert {path.name for path in folder.iterdir() if path.is_file()} - others == set(listed)
     for name, digest in listed.items():
         verify(folder / name, digest)
-    used = {run for entry in manifest.values() for run in entry["runs"] if isinstance(run, str)}  # the older: no ledger
+    used = {run for entry in manifest.values() for run in entry["runs"]}
     assert used <= {path.name for path in (folder / "runs").glob("*.json")}
     ledger(setting(folder.name))  # whose seals hold
 

@@ -16,7 +16,6 @@ from dmvae_lib.paper.profiles import PROFILES
 
 REPAIR = "Take the committed one back by `git checkout`, or delete it and run `make reproduce`."
 BEGIN, END = "<!-- results: written by `make reproduce`, do not edit -->", "<!-- end of results -->"
-MARK = "Made before the present code; to be replaced"
 SHORT = {"table1": None, "table3": None, "table2": 2}  # the README's tables: competitors beside DMVAE (None: every row)
 PICTURE = "fig4b"  # the README's, from the profile nearest to the paper's data
 CLAIMS = {"table1": ("table1_claims", "figures_claims"), "table2": ("table2_claims",), "table3": ("table3_claims",)}
@@ -55,10 +54,9 @@ def manifest(folder: Path) -> dict[str, dict]:
     path = folder / "manifest.json"
     entries = read_json(path, REPAIR)
     for name, entry in entries.items():
-        if not (isinstance(entry, dict) and "packages" in entry.get("made", {})):  # the older are not sealed
-            check_seal(entry, f"{path}, entry {name!r},", REPAIR)
-            if entry["artefact"] != name:
-                raise DMVAEError(f"{path}: the entry of {entry['artefact']!r} stands as {name!r}. {REPAIR}")
+        check_seal(entry, f"{path}, entry {name!r},", REPAIR)
+        if entry["artefact"] != name:
+            raise DMVAEError(f"{path}: the entry of {entry['artefact']!r} stands as {name!r}. {REPAIR}")
     return entries
 
 
@@ -66,10 +64,6 @@ def _manifests(results: Path) -> dict[str, dict]:
     """{profile: its manifest}; a rehearsal's, `name@share`, is nothing to cite."""
     folders = [path.parent for path in sorted(results.glob("*/manifest.json")) if "@" not in path.parent.name]
     return {folder.name: manifest(folder) for folder in folders}
-
-
-def _old(entry: Mapping) -> bool:
-    return "packages" in entry["made"]  # as written before there was a ledger
 
 
 def _is(path: Path, digest: str) -> bool:
@@ -85,10 +79,7 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
 
     From the tables' csv files and those of their `CLAIMS`; one that is not the one in the manifest is not shown.
     """
-    manifests = {
-        profile: {name: entry for name, entry in entries.items() if not _old(entry)}
-        for profile, entries in _manifests(results).items()
-    }
+    manifests = _manifests(results)
     nearest = [profile for profile in reversed(PROFILES) if profile in manifests]  # from the paper's data to stand-ins
     lines, profiles = [], {}
     counts: dict[str, Counter[str]] = {}
@@ -108,7 +99,7 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
             of_data.update({verdict: len(texts) for verdict, texts in verdicts.items()})
             break
     if not lines:
-        return "No profile has results of the present code; `make reproduce` makes them.\n"
+        return "No profile has results; `make reproduce` makes them.\n"
     said = [
         f"on {data} {', '.join(f'{n} {verdict}' for verdict, n in of_data.items())}"
         for data, of_data in counts.items()
@@ -187,8 +178,7 @@ def index(results: Path) -> str:
         for name, entry in sorted(entries.items(), key=lambda item: item[0] not in SHORT):
             frame = _csv(results / profile, entries, name) if f"{name}.tex" in entry["files"] else None
             if frame is not None:  # beside the paper's numbers
-                about = entry["caption"] + f" **{MARK}.**" * _old(entry)
-                lines += [f"**[{name}]({profile}/README.md#{name})** {about}", "", _small(frame), ""]
+                lines += [f"**[{name}]({profile}/README.md#{name})** {entry['caption']}", "", _small(frame), ""]
         lines += ["| | what it shows, SHA-256, BibTeX key, runs (seeds) |", "|---|---|"]
         lines += [_line(results, profile, name, entry) for name, entry in entries.items()]
         lines.append("")
@@ -201,7 +191,6 @@ def _line(results: Path, profile: str, name: str, entry: Mapping) -> str:
     short = re.split(r"(?<!Sec)(?<!Eq)\. ", entry["caption"])[0].replace("|", r"\|")
     changed = [f for f, expected in entry["files"].items() if not _is(results / profile / f, expected)]
     parts = [f"**[{name}]({profile}/README.md#{name})** {short}", f"`{digest[:12]}`", f"`{_key(profile, name)}`"]
-    parts += [f"**{MARK}**"] * _old(entry)
     parts += [f"**changed since: {', '.join(changed)}**"] if changed else []
     return f"| {picture} | {' · '.join([*parts, *_runs(entry, f'{profile}/runs')])} |"
 
@@ -214,9 +203,8 @@ def _runs(entry: Mapping, folder: str) -> list[str]:
     """An artefact's runs: for each row its name, and every seed as a link to its entry in the ledger; none: empty."""
     of: dict[str, str] = {}
     for run in entry["runs"]:
-        name = f"{run['name']}-{run['seed']}" if _old(entry) else run.removesuffix(".json")
-        row, _, seed = name.rpartition("-")
-        of[row] = of.get(row, row) + (f" {seed}" if _old(entry) else f" [{seed}]({folder}/{run})")
+        row, _, seed = run.removesuffix(".json").rpartition("-")
+        of[row] = of.get(row, row) + f" [{seed}]({folder}/{run})"
     return ["; ".join(of.values())] if of else []
 
 
@@ -239,11 +227,9 @@ def provenance(folder: Path) -> str:
             lines += [text.read_text("utf-8").partition("\n\n")[2].rstrip(), ""]
         executed = f"notebooks/{Path(by).name}"
         own = profile != "quick" and (folder / executed).is_file()  # quick's are those in notebooks/
-        source = f"[{by}]({executed if own else f'../../{by}'})" if own or not _old(entry) else f"`{by}`"
-        lines += [
-            f"Made by {source}, dmvae_lib {made.get('dmvae_lib', '')} at commit `{made['commit']}`, {made['finished']}."
-        ]
-        lines += [f"From the runs {runs}." for runs in _runs(entry, "runs")] + [f"**{MARK}.**"] * _old(entry)
+        source = f"[{by}]({executed if own else f'../../{by}'})"
+        lines += [f"Made by {source}, dmvae_lib {made['dmvae_lib']} at commit `{made['commit']}`, {made['finished']}."]
+        lines += [f"From the runs {runs}." for runs in _runs(entry, "runs")]
         lines += ["", "| file | SHA-256 |", "|---|---|"]
         for file, digest in files.items():
             changed = "" if _is(folder / file, digest) else " **changed since**"
