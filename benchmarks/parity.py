@@ -1,16 +1,22 @@
-"""`make parity`: whether training in bfloat16 changes the scores: what a profile trains in it, trained in float32 beside."""
+"""`make parity`: whether training in bfloat16 changes the scores: what a profile trains in it, trained in float32 beside.
+
+Of each row the first SEEDS seeds, and the next ones that are here in both.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import count, takewhile
 
 import pandas as pd
 from bench import where
 from independent import command_line
 
 from dmvae_lib import DMVAEError
+from dmvae_lib.paper.pages import counted
 from dmvae_lib.paper.published import MEASURES
+from dmvae_lib.paper.rows import Row
 from dmvae_lib.paper.rows.digits import TABLE1, TABLE3
 from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results, interval
@@ -28,6 +34,12 @@ def in_float32(place: Setting) -> Setting:
     return replace(
         place, evaluation="validation", profile=replace(place.profile, name=name, precision="float32", **short)
     )
+
+
+def seeds_of(row: Row, both: tuple[Setting, Setting]) -> range:
+    """As many as the settings say, and further ones whose runs are here in both."""
+    further = takewhile(lambda seed: all(Run(row, seed, to).recorded() for to in both), count(both[0].seeds))
+    return range(both[0].seeds + len(list(further)))
 
 
 def in_bfloat16(run: Run) -> dict[str, float]:
@@ -49,7 +61,7 @@ def in_bfloat16(run: Run) -> dict[str, float]:
 def compare(scores: pd.DataFrame) -> pd.DataFrame:
     """scores: shares, a line per (row, seed), columns (measure, precision). A line per row and measure, in percent: the
     means, the mean of the differences bfloat16 - float32 paired by seed with its 95 % interval, the spread of float32
-    over seeds (largest less smallest), and whether the mean difference lies within it."""
+    over seeds (largest less smallest), whether the mean difference lies within it, and how many seeds there are."""
     lines = []
     for row, of_row in scores.groupby(level=0, sort=False):
         for measure in of_row.columns.unique(0):
@@ -58,7 +70,7 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
             spread = percent["float32"].max() - percent["float32"].min()
             facts = {"row": row, "measure": MEASURES.get(measure, measure), **percent.mean()}
             facts |= {"difference": difference, "from": ends[0], "to": ends[1], "spread of seeds": spread}
-            lines.append(facts | {"agrees": "yes" if abs(difference) <= spread else "no"})
+            lines.append(facts | {"agrees": "yes" if abs(difference) <= spread else "no", "seeds": len(percent)})
     return pd.DataFrame(lines).set_index(["row", "measure"])
 
 
@@ -75,9 +87,9 @@ def main() -> None:
                 f"profile {place.profile.name} trains in float32 on this device; take one that multiplies bfloat16 "
                 "faster, as docs/speed.md says, and a profile whose precision is auto."
             )
-        low, high = (
-            [Run(row, seed, to) for row in ROWS for seed in range(place.seeds)] for to in (place, in_float32(place))
-        )
+        both = place, in_float32(place)
+        seeds = [(row, seed) for row in ROWS for seed in seeds_of(row, both)]
+        low, high = ([Run(row, seed, to) for row, seed in seeds] for to in both)
         found: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
         for runs, scores, precision in ((low, in_bfloat16, "bfloat16"), (high, lambda run: run.scores, "float32")):
             train_all([run for run in runs if run.recorded() is None], "auto")
@@ -88,7 +100,7 @@ def main() -> None:
         sys.exit(f"\n{error}")
     table = compare(pd.DataFrame.from_dict(found, orient="index"))
     caption = f"Training in bfloat16 against float32 on {where(resolve_device(options.device))}, validation split, "
-    caption += f"{UPDATES:,} updates of {place.profile.batch_size}, {place.seeds} seeds, percent. "
+    caption += f"{UPDATES:,} updates of {place.profile.batch_size}, {counted(table['seeds'])}, percent. "
     caption += "Difference: bfloat16 less float32, paired by seed, with its 95 % interval."
     shown = Results(place, "benchmarks/parity.py").frame("parity", table.round(2), caption, low)
     print(f"{caption}\n{shown.to_string()}")

@@ -92,3 +92,11 @@ def test_parity_takes_the_profiles_own_runs_and_those_of_float32_apart(monkeypat
     entry["made"]["precision"] = "float32"
     with pytest.raises(parity.DMVAEError, match="was trained in float32, expected bfloat16; delete"):
         parity.in_bfloat16(low)
+
+
+def test_parity_takes_the_next_seeds_too_that_are_there_in_both(monkeypatch):
+    there = {"subset": {0, 1, 2, 3, 5}, "subset-float32": {2, 3, 4, 5}}
+    monkeypatch.setattr(parity.Run, "recorded", lambda run: run.seed in there[run.setting.profile.name] or None)
+    place = setting("subset", seeds=2)
+    assert parity.seeds_of(parity.ROWS[0], (place, parity.in_float32(place))) == range(4)
+    assert parity.seeds_of(parity.ROWS[0], (replace(place, seeds=1), parity.in_float32(place))) == range(1)
