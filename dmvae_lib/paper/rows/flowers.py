@@ -1,7 +1,8 @@
 """Table 2's rows on the flowers, and its DMVAE row without some of its parts: each a frozen `Row`.
 
 Learning rates, margins, temperatures and weights are the same in every profile: those that benchmarks/grid.py chose, of three
-each and for every row alike, on the validation classes of Oxford-102 (results/subset/grid_table2.csv; tests/test_grid.py). GMM+HGLMM is fitted and has none.
+each and for every row alike, on the validation classes of Oxford-102 (results/subset/grid_table2.csv; tests/test_grid.py).
+GMM+HGLMM is fitted and has none.
 """
 
 from __future__ import annotations
