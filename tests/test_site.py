@@ -153,8 +153,6 @@ def test_a_browser_shows_the_pages(served, page, width, dark):
 @needs_chromium
 def test_the_search_finds_what_is_written(served, page):
     page.open(f"{served}/search.html?q=product+of+experts")
-    page.wait("document.querySelectorAll('#search-results li a').length > 2")
-    found = page.run(
-        "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href')).join(' ')"
-    )
-    assert "02_training_on_digits" in found and "docs/core" in found and not page.errors
+    for name in ("02_training_on_digits", "docs/core"):  # the results come one after the other
+        page.wait(f"document.querySelector('#search-results li a[href*=\"{name}\"]')")
+    assert not page.errors
