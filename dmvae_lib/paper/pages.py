@@ -93,17 +93,16 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
             lines += [_titled(name, profile, entries[name]["caption"], best), "", _small(_short(frame, best)), ""]
             claims = [_csv(folder, entries, claimed) for claimed in CLAIMS[name]]
             verdicts = _verdicts([of for of in claims if of is not None])
-            lines += [f"- **{len(texts)} {verdict}**: {'; '.join(texts)}." for verdict, texts in verdicts.items()]
-            lines += [""] * bool(verdicts)
-            of_data = counts.setdefault(judged_on, Counter())
-            of_data.update({verdict: len(texts) for verdict, texts in verdicts.items()})
+            if verdicts:
+                lines += [f"- **{len(texts)} {verdict}**: {'; '.join(texts)}." for verdict, texts in verdicts.items()]
+                lines.append("")
+                found = {verdict: len(texts) for verdict, texts in verdicts.items()}
+                counts.setdefault(judged_on, Counter()).update(found)
             break
     if not lines:
         return "No profile has results; `make reproduce` makes them.\n"
     said = [
-        f"on {data} {', '.join(f'{n} {verdict}' for verdict, n in of_data.items())}"
-        for data, of_data in counts.items()
-        if of_data
+        f"on {data} {', '.join(f'{n} {verdict}' for verdict, n in of_data.items())}" for data, of_data in counts.items()
     ]
     about = f"**The paper's claims**: {'; '.join(said)}. " if said else ""
     about += "A claim is decided by the 95 % interval of its difference over seeds ([notebook 03](notebooks/03_table1.ipynb)). "
@@ -114,9 +113,10 @@ def readme_results(results: Path, tables: Mapping[str, int | None] = SHORT) -> s
 
 def _picture(nearest: Sequence[str], manifests: Mapping[str, Mapping[str, dict]]) -> list[str]:
     """`PICTURE` over its caption, from the first of these profiles that has it."""
-    for profile in (profile for profile in nearest if PICTURE in manifests[profile]):
-        caption = manifests[profile][PICTURE]["caption"]
-        return [f"![{caption.partition(';')[0]}](results/{profile}/{PICTURE}.png)", "", f"*{caption}*", ""]
+    for profile in nearest:
+        if PICTURE in manifests[profile]:
+            caption = manifests[profile][PICTURE]["caption"]
+            return [f"![{caption.partition(';')[0]}](results/{profile}/{PICTURE}.png)", "", f"*{caption}*", ""]
     return []
 
 

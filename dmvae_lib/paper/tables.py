@@ -58,9 +58,8 @@ def table(
 
     rows: {title: Row}; a row without such an entry stands there with missing numbers. Nothing is trained. `.attrs` has
     the ledger's files in the table, "runs", how long they trained together, "seconds", and what `check` needs,
-    "measured". Entries of several kinds of machine
-    stand together, though what is drawn or computed as their data differs there in rounding, and its fingerprint with it.
-    Raises DMVAEError as `ledger` does.
+    "measured". Entries of several kinds of machine stand together, though what is drawn or computed as their data differs
+    there in rounding, and its fingerprint with it. Raises DMVAEError as `ledger` does.
     """
     entries = ledger(setting)
     values: dict[str, list] = {title: [] for title in rows}
