@@ -68,6 +68,16 @@ def test_rows_differ_from_table_1s_by_what_they_are_trained_on():
     assert len(set(names)) == len(names) - 1  # DMVAE's own row is in two lines
 
 
+def test_a_profile_may_give_this_comparison_fewer_updates():
+    profile = replace(get_profile("paper"), incomplete_steps=100)
+    for what, rows in incomplete(profile).items():
+        full = TABLE1[what.split(",")[0]]
+        assert rows[1.0].name == f"{full.name}-gaps-100"
+        for row in rows.values():
+            assert row.schedule(profile) == replace(full.schedule(profile), steps=100)
+            assert replace(row, name=full.name, title=full.title, select=full.select, schedule=full.schedule) == full
+
+
 def test_reproduce_trains_the_profiles_shares_with_every_seed():
     place = setting("smoke", seeds=2)
     runs = [(run.row.name, run.seed) for run in runs_of(place)]

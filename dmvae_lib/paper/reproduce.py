@@ -71,7 +71,7 @@ def runs_of(place: Setting) -> list[Run]:
     """The judges, the strong ones too where the profile has them, every row and the incomplete ones with each of the
     setting's seeds, the learning curve and what the budget decides with one."""
     once = (learning_curve(place.profile) | budgets(place.profile)).values()
-    with_gaps = {row.name: row for of in incomplete(place.profile).values() for share, row in of.items() if share < 1}
+    with_gaps = {row.name: row for of in incomplete(place.profile).values() for row in of.values()}
     rows = [row for row in (ROWS | with_gaps).values() if row not in JUDGES]
     several = [Run(row, seed, place) for seed in range(place.seeds) for row in rows]  # a table of few seeds is whole
     strong = strong_judges(place, MNIST_SVHN).values()

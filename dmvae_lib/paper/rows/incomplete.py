@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from dmvae_lib.paper.data import Splits
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows.digits import DMVAE_ROW, MVAE_ROW
 from dmvae_lib.paper.rows.row import Row
+from dmvae_lib.training import Schedule
 
 
 def complete_in_part(splits: Splits, share: float, alone: bool = False) -> PairedData:
@@ -45,20 +46,29 @@ def complete_in_part(splits: Splits, share: float, alone: bool = False) -> Paire
     return PairedData(pairs.items, {name: rows[order] for name, rows in index.items()}, pairs.item_labels, observed)
 
 
-def _by_share(row: Row, shares: Sequence[float], kind: str, alone: bool = False) -> dict[float, Row]:
-    rows = {1.0: row}
-    for share in shares:
+def fewer(profile: Profile, of: Callable[[Profile], Schedule]) -> Schedule:
+    """A row's schedule with the updates that the profile gives to this comparison."""
+    return replace(of(profile), steps=profile.incomplete_steps)
+
+
+def _by_share(row: Row, profile: Profile, kind: str, alone: bool = False) -> dict[float, Row]:
+    shorter = replace(row, name=f"{row.name}-gaps-100", schedule=partial(fewer, of=row.schedule))
+    rows = {1.0: row if profile.incomplete_steps == profile.steps else shorter}
+    for share in profile.complete:
         name, title = f"{row.name}-{kind}-{100 * share:g}", f"{row.title}, {share:.0%} complete"
         select = partial(complete_in_part, share=share, alone=alone)
-        rows[share] = replace(row, name=name, title=f"{title}, these alone" if alone else title, select=select)
+        rows[share] = replace(rows[1.0], name=name, title=f"{title}, these alone" if alone else title, select=select)
     return rows
 
 
 def incomplete(profile: Profile) -> dict[str, dict[float, Row]]:
-    """{what is trained on what: {share of complete observations: row}}: Table 1's rows first, then the profile's shares.
-    All rows have the same updates, batches and evaluation as Table 1's."""
+    """{what is trained on what: {share of complete observations: row}}: all of them first, then the profile's shares.
+    Table 1's rows in all but what they are trained on and, where the profile says so, for how many updates. None where it
+    has no shares."""
+    if not profile.complete:
+        return {}
     return {
-        "DMVAE, all observations": _by_share(DMVAE_ROW, profile.complete, "gaps"),
-        "MVAE, all observations": _by_share(MVAE_ROW, profile.complete, "gaps"),
-        "DMVAE, complete ones alone": _by_share(DMVAE_ROW, profile.complete, "alone", alone=True),
+        "DMVAE, all observations": _by_share(DMVAE_ROW, profile, "gaps"),
+        "MVAE, all observations": _by_share(MVAE_ROW, profile, "gaps"),
+        "DMVAE, complete ones alone": _by_share(DMVAE_ROW, profile, "alone", alone=True),
     }
