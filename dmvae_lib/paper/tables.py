@@ -66,18 +66,11 @@ def table(
     measured: dict[str, dict] = {title: {} for title in rows}
     used: dict[str, float] = {}
     for title, row in rows.items():
-        for (name, seed), entry in sorted(entries.items()):
-            if name != row.name or (seeds is not None and seed not in seeds):
-                continue
-            if entry["config"] != row.config(setting.profile, seed):
-                print(
-                    f"{name}, seed {seed}: left out, of another configuration than the row's; train it.",
-                    file=sys.stderr,
-                )
-                continue
-            values[title].append(entry["scores"])
-            measured[title][seed] = _measured(entry)
-            used[f"{name}-{seed}.json"] = entry["seconds"]
+        for seed, entry in present(entries, row, setting).items():
+            if seeds is None or seed in seeds:
+                values[title].append(entry["scores"])
+                measured[title][seed] = _measured(entry)
+                used[f"{row.name}-{seed}.json"] = entry["seconds"]
     made = compare(values, paper or {})
     made.attrs |= {"measured": measured, "runs": list(used), "seconds": sum(used.values())}
     return made
@@ -104,9 +97,12 @@ def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
 
 
 def present(entries: Mapping[tuple[str, int], dict], row: Row, setting: Setting) -> dict[int, dict]:
-    """{seed: entry} of the `ledger`'s entries of the row as it is now."""
-    own = {seed: entry for (name, seed), entry in entries.items() if name == row.name}
-    return {seed: entry for seed, entry in own.items() if entry["config"] == row.config(setting.profile, seed)}
+    """{seed: entry}, by seed, of the `ledger`'s entries of the row as it is now; says which others it has."""
+    own = {seed: entry for (name, seed), entry in sorted(entries.items()) if name == row.name}
+    now = {seed: entry for seed, entry in own.items() if entry["config"] == row.config(setting.profile, seed)}
+    for seed in own.keys() - now.keys():
+        print(f"{row.name}, seed {seed}: left out, of another configuration than the row's; train it.", file=sys.stderr)
+    return now
 
 
 def compare(values: Mapping[str, Sequence[Mapping[str, float]]], paper: Percents) -> pd.DataFrame:
