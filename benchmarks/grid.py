@@ -1,8 +1,8 @@
-"""One small grid for every row of Table 1 or 2, trained shortly, judged on validation data alone: what the rows use.
+"""One small grid for every row of Table 1, Table 2 or PolyMNIST, trained shortly, judged on validation data alone.
 
-`.venv/bin/python benchmarks/grid.py --profile subset --table 2` trains the cells that are not trained here yet, so that
+`.venv/bin/python benchmarks/grid.py --profile subset --of table2` trains the cells that are not trained here yet, so that
 an interrupted grid goes on, and writes results/<profile>/grid_table2.csv. Of each row's cells the one with the highest
-`score` is chosen: the mean of the table's measures, and over the seeds. One rule for all rows, the paper's own included.
+`score` is chosen: the mean of its measures, and over the seeds. One rule for all rows, the paper's own included.
 What is chosen is written into dmvae_lib/paper/rows/; tests/test_grid.py holds the two together.
 """
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -25,13 +26,27 @@ from dmvae_lib.paper import profiles
 from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.published import MEASURES
 from dmvae_lib.paper.rows import TABLE1, TABLE2, Row
+from dmvae_lib.paper.rows.polymnist import POLYMNIST_ROWS
+from dmvae_lib.paper.rows.successors import SUCCESSORS
 from dmvae_lib.paper.runs import Run, Setting, setting
 from dmvae_lib.paper.tables import Results
 
-Cell = Mapping[str, Any]  # {"learning_rate": Adam's, "lambda": of the first modality, an option of the row: its value}
-TABLES = {1: TABLE1, 2: {title: row for title, row in TABLE2.items() if not row.fit}}  # GMM+HGLMM has no rate
-RATES = {1: (5e-4, 1e-3, 2e-3), 2: (2e-4, 7e-4, 2e-3)}
+# {"learning_rate": Adam's, "lambda": of the first modality, "weights": of every modality, an option of the row: its value}
+Cell = Mapping[str, Any]
+COMPARED = ("DMVAE", "MVAE", "MMVAE", "MoPoE", "MVTCAE", "MMVAE+")
+TABLES = {
+    "table1": TABLE1,
+    "table2": {title: row for title, row in TABLE2.items() if not row.fit},  # GMM+HGLMM has no rate
+    # "one source" estimates DMVAE's own objective, and MultiVae's MVAE and MMVAE are held against ours: as those.
+    "polymnist": {title: (POLYMNIST_ROWS | SUCCESSORS)[title] for title in COMPARED},
+}
+RATES = {"table1": (5e-4, 1e-3, 2e-3), "table2": (2e-4, 7e-4, 2e-3), "polymnist": (5e-4, 1e-3, 2e-3)}
 LAMBDAS, INITIALISATIONS = (1.0, 3072 / 784, 50.0), ("pytorch", "kaiming", "release")
+WEIGHTS = (
+    0.4,
+    1.0,
+    2.5,
+)  # PolyMNIST: of every modality's likelihood; MoPoE, MVTCAE and MMVAE+ have beta = 2.5 beside it
 OWN = {  # Table 2: an option of the row and its middle value; a third and three times as much are tried too
     "Word2Vec": ("margin", 1.0),
     "Word CNN": ("margin", 1.0),
@@ -43,25 +58,29 @@ OWN = {  # Table 2: an option of the row and its middle value; a third and three
     "DMVAE": ("matching", 100.0),
 }
 REED = {"learning_rate": 7e-4, "margin": 1.0}  # github.com/reedscot/cvpr2016, by RMSprop
-AUTHORS: dict[int, dict[str, Cell]] = {  # {table: {row: what its authors publish of it}}
-    1: {
+AUTHORS: dict[str, dict[str, Cell]] = {  # {table: {row: what its authors publish of it}}
+    "table1": {
         "MVAE": {"learning_rate": 1e-3, "initialise": "pytorch"},  # github.com/mhw32/multimodal-vae-public
         "MMVAE": {"learning_rate": 1e-3, "lambda": 3072 / 784, "initialise": "pytorch"},  # github.com/iffsid/mmvae
         "DMVAE": {"learning_rate": 1e-3, "lambda": 50.0, "initialise": "release"},  # github.com/seqam-lab/DMVAE
     },
-    2: {
+    "table2": {
         **dict.fromkeys(("Word2Vec", "Word CNN", "Word CNN-RNN"), REED),
         # github.com/YingZhangDUT/Cross-Modal-Projection-Learning
         "CMPM+CMPC": {"learning_rate": 2e-4, "classification": 1.0},
     },
+    "polymnist": dict.fromkeys(("MoPoE", "MVTCAE", "MMVAE+"), {"weights": 1.0}),
 }
 
 
-def cells(number: int, title: str) -> list[Cell]:
-    """The grid of a row. Table 1: rate, lambda of the first modality, initialisation; Table 2: rate and OWN value."""
-    axes: dict[str, tuple] = {"learning_rate": RATES[number]}
-    if number == 1:
+def cells(of: str, title: str) -> list[Cell]:
+    """The grid of a row. Table 1: rate, lambda of the first modality, initialisation; Table 2: rate and OWN value;
+    PolyMNIST: rate and lambda of all modalities."""
+    axes: dict[str, tuple] = {"learning_rate": RATES[of]}
+    if of == "table1":
         axes |= {"lambda": LAMBDAS, "initialise": INITIALISATIONS}
+    elif of == "polymnist":
+        axes["weights"] = WEIGHTS
     elif title in OWN:
         option, middle = OWN[title]
         axes[option] = tuple(round(middle * factor, 3) for factor in (1 / 3, 1.0, 3.0))
@@ -70,10 +89,12 @@ def cells(number: int, title: str) -> list[Cell]:
 
 def variant(row: Row, profile: Profile, cell: Cell) -> Row:
     """The row with the cell's values in the place of its own, under a name of its own."""
+    weights = row.arguments(profile).get("weights", {})
     options = dict(row.options) | {name: value for name, value in cell.items() if name in row.options}
     if "lambda" in cell:
-        weights = row.arguments(profile)["weights"]
         options["weights"] = weights | {next(iter(weights)): cell["lambda"]}
+    if "weights" in cell:
+        options["weights"] = dict.fromkeys(weights, cell["weights"])
     name = ".".join([f"grid-{row.name}", *(f"{key}-{value}".replace("_", "-") for key, value in cell.items())])
     return replace(row, name=name, options=options, schedule=partial(at_rate, row.schedule, cell["learning_rate"]))
 
@@ -86,9 +107,8 @@ def present(row: Row, profile: Profile, cell: Cell) -> Cell:
     """The row's own values of what `cell` sets."""
     arguments = row.arguments(profile)
     known = {"learning_rate": row.schedule(profile).learning_rate, **arguments}
-    if "lambda" in cell:
-        known["lambda"] = next(iter(arguments["weights"].values()))
-    return {name: known[name] for name in cell}
+    first = next(iter(arguments.get("weights", {}).values()), None)
+    return {name: first if name in ("lambda", "weights") else known[name] for name in cell}
 
 
 def shortened(place: Setting, share: float) -> Setting:
@@ -96,17 +116,17 @@ def shortened(place: Setting, share: float) -> Setting:
     return replace(place, profile=profiles.shortened(place.profile, share), evaluation="validation")
 
 
-def measure(number: int, place: Setting) -> pd.DataFrame:
+def measure(of: str, place: Setting) -> pd.DataFrame:
     """A line for every row and cell, in percent, over the setting's seeds; a cell that diverges has no score."""
     lines = []
-    for title, cell in tqdm([(t, c) for t in TABLES[number] for c in cells(number, t)], desc="grid", unit="cell"):
-        row = variant(TABLES[number][title], place.profile, cell)
+    for title, cell in tqdm([(t, c) for t in TABLES[of] for c in cells(of, t)], desc="grid", unit="cell"):
+        row = variant(TABLES[of][title], place.profile, cell)
         try:
             found = [Run(row, seed, place).train().entry for seed in range(place.seeds)]
         except DMVAEError as error:
             print(f"{title}, {dict(cell)}: {error}", file=sys.stderr)
             found = []
-        published = AUTHORS[number].get(title, {})
+        published = AUTHORS[of].get(title, {})
         of_authors = bool(published) and published.items() <= cell.items()
         measures = found[0]["scores"] if found else ()
         means = {m: round(100 * statistics.fmean(entry["scores"][m] for entry in found), 2) for m in measures}
@@ -124,20 +144,23 @@ def choose(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = command_line(__doc__, profile="subset", table=2, seeds=1, device="auto", data="data", share=0.2)
+    parser = command_line(__doc__, profile="subset", of="table2", seeds=1, device="auto", data="data", share=0.2)
     options = vars(parser.parse_args())
-    number, share = options.pop("table"), options.pop("share")
+    of, share = options.pop("of"), options.pop("share")
     try:
-        if number not in TABLES:
-            raise DMVAEError(f"there is no grid for table {number}; expected 1 or 2.")
+        if of not in TABLES:
+            raise DMVAEError(f"--of {of}: there is no such grid; expected one of {', '.join(TABLES)}.")
+        if of == "polymnist" and find_spec("multivae") is None:
+            raise DMVAEError("half of PolyMNIST's rows are of the package multivae; `pip install multivae` brings it.")
         place = setting(**options)
-        frame = measure(number, shortened(place, share))
+        frame = measure(of, shortened(place, share))
+        title = {"table1": "Table 1", "table2": "Table 2", "polymnist": "PolyMNIST"}[of]
         caption = (
-            f"The grid of Table {number}: {share:g} of the updates, {place.seeds} seed{'s' * (place.seeds > 1)}, validation "
+            f"The grid of {title}: {share:g} of the updates, {place.seeds} seed{'s' * (place.seeds > 1)}, validation "
             "data, percent. `authors`: what a row's authors publish; `chosen`: the highest `score` of each row, the mean of "
             "its measures."
         )
-        Results(place, "benchmarks/grid.py").frame(f"grid_table{number}", frame.set_index("row"), caption)
+        Results(place, "benchmarks/grid.py").frame(f"grid_{of}", frame.set_index("row"), caption)
     except DMVAEError as error:
         sys.exit(f"\n{error}")
     print(frame.loc[frame["chosen"] | frame["authors"]].to_string())

@@ -12,33 +12,35 @@ from dmvae_lib.paper import runs
 from dmvae_lib.paper.profiles import get_profile
 
 SUBSET = get_profile("subset")
-EVERY = [(number, title, row) for number, rows in grid.TABLES.items() for title, row in rows.items()]
-COMMITTED = sorted((Path(__file__).parents[1] / "results").glob("*/grid_table[12].csv"))
+EVERY = [(of, title, row) for of, rows in grid.TABLES.items() for title, row in rows.items()]
+COMMITTED = sorted((Path(__file__).parents[1] / "results").glob("*/grid_*.csv"))
 
 
 def test_every_row_has_as_many_cells_as_its_neighbours_and_its_authors_values_are_among_them():
-    assert {title: len(grid.cells(1, title)) for title in grid.TABLE1} == dict.fromkeys(grid.TABLE1, 27)
-    sizes = {title: len(grid.cells(2, title)) for title in grid.TABLES[2]}
+    sizes = {of: {title: len(grid.cells(of, title)) for title in rows} for of, rows in grid.TABLES.items()}
+    assert set(sizes["table1"].values()) == {27} and set(sizes["polymnist"].values()) == {9}
     parts = {
         "matching loss alone": 3,
         "DMVAE without matching loss": 3,
     }  # DMVAE's own weight has nothing to weigh there
-    assert sizes == dict.fromkeys(grid.OWN, 9) | parts
-    for number, of_rows in grid.AUTHORS.items():
+    assert sizes["table2"] == dict.fromkeys(grid.OWN, 9) | parts
+    for of, of_rows in grid.AUTHORS.items():
         for title, published in of_rows.items():
-            assert any(published.items() <= cell.items() for cell in grid.cells(number, title)), title
+            assert any(published.items() <= cell.items() for cell in grid.cells(of, title)), title
 
 
-@pytest.mark.parametrize("number, title, row", EVERY, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_cell_sets_what_it_says_and_nothing_else(number, title, row):
-    variants = [(cell, grid.variant(row, SUBSET, cell)) for cell in grid.cells(number, title)]
+@pytest.mark.parametrize("of, title, row", EVERY, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_cell_sets_what_it_says_and_nothing_else(of, title, row):
+    variants = [(cell, grid.variant(row, SUBSET, cell)) for cell in grid.cells(of, title)]
     assert len({made.name for _, made in variants}) == len(variants)
     for cell, made in variants:
         assert grid.present(made, SUBSET, cell) == cell
         assert replace(made.schedule(SUBSET), learning_rate=0) == replace(row.schedule(SUBSET), learning_rate=0)
         usual, arguments = row.arguments(SUBSET), made.arguments(SUBSET)
         assert {name for name in usual if usual[name] != arguments[name]} <= cell.keys() | {"weights"}
-        if "lambda" in cell:
+        if of == "polymnist":
+            assert arguments["weights"] == dict.fromkeys(usual["weights"], cell["weights"])
+        elif "lambda" in cell:
             assert list(usual["weights"].items())[1:] == list(arguments["weights"].items())[1:]
 
 
@@ -60,8 +62,8 @@ def test_the_highest_score_of_each_row_is_chosen_and_the_first_of_equals():
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
     """The grid of two rows on toys, 2 rates, 1 lambda and 1 initialisation, a fifth of 40 updates, and its setting."""
-    monkeypatch.setattr(grid, "TABLES", {1: {"DMVAE": ROW, "MVAE": MVAE_ROW}})
-    monkeypatch.setattr(grid, "RATES", {1: (1e-3, 1e3)})
+    monkeypatch.setattr(grid, "TABLES", {"table1": {"DMVAE": ROW, "MVAE": MVAE_ROW}})
+    monkeypatch.setattr(grid, "RATES", {"table1": (1e-3, 1e3)})
     monkeypatch.setattr(grid, "LAMBDAS", (5.0,))
     monkeypatch.setattr(grid, "INITIALISATIONS", ("pytorch",))
     return replace(grid.shortened(place_in(tmp_path), 0.2), seeds=2)
@@ -78,8 +80,8 @@ def test_the_grid_is_of_short_runs_on_validation_data_and_an_interrupted_one_goe
 
     monkeypatch.setattr(runs, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        grid.measure(1, toys)
-    found = grid.measure(1, toys)
+        grid.measure("table1", toys)
+    found = grid.measure("table1", toys)
     assert len(begun) == 2 + 4 * 2 + 1 and not toys.results.exists()
     assert found["row"].tolist() == ["DMVAE", "DMVAE", "MVAE", "MVAE"] and (found["updates"] == 8).all()
     assert (
@@ -90,20 +92,20 @@ def test_the_grid_is_of_short_runs_on_validation_data_and_an_interrupted_one_goe
     assert scored["score"].tolist() == pytest.approx(scored[measures].mean(axis=1).tolist(), abs=0.006)
     assert found["seeds"].isin([0, 2]).all() and found["chosen"].sum() == 2
     begun.clear()
-    pd.testing.assert_frame_equal(grid.measure(1, toys), found)
+    pd.testing.assert_frame_equal(grid.measure("table1", toys), found)
     assert set(begun) <= {1e3}  # what diverges is tried again
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_the_rows_use_what_the_committed_grid_chose(path):
-    number, profile = int(path.stem[-1]), get_profile(path.parent.name)
+    of, profile = path.stem.removeprefix("grid_"), get_profile(path.parent.name)
     frame = pd.read_csv(path)
     assert (
         frame["chosen"].tolist() == grid.choose(frame)["chosen"].tolist()
     )  # by the rule, of the scores that are there
-    for title, row in grid.TABLES[number].items():
+    for title, row in grid.TABLES[of].items():
         of_row = frame[frame["row"] == title]
-        cells = grid.cells(number, title)
+        cells = grid.cells(of, title)
         assert of_row[list(cells[0])].to_dict("records") == cells, title
         best = cells[of_row["chosen"].to_numpy().argmax()]
         assert grid.present(row, profile, best) == best, f"{title}: {path} chose {best}; write it into its row"
