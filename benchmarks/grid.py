@@ -13,12 +13,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 import pandas as pd
-from independent import command_line
+from independent import command_line, need_multivae
 from tqdm.auto import tqdm
 
 from dmvae_lib import DMVAEError, Schedule
@@ -42,11 +41,8 @@ TABLES = {
 }
 RATES = {"table1": (5e-4, 1e-3, 2e-3), "table2": (2e-4, 7e-4, 2e-3), "polymnist": (5e-4, 1e-3, 2e-3)}
 LAMBDAS, INITIALISATIONS = (1.0, 3072 / 784, 50.0), ("pytorch", "kaiming", "release")
-WEIGHTS = (
-    0.4,
-    1.0,
-    2.5,
-)  # PolyMNIST: of every modality's likelihood; MoPoE, MVTCAE and MMVAE+ have beta = 2.5 beside it
+# PolyMNIST: of every modality's likelihood; MoPoE, MVTCAE and MMVAE+ have beta = 2.5 beside it
+WEIGHTS = (0.4, 1.0, 2.5)
 OWN = {  # Table 2: an option of the row and its middle value; a third and three times as much are tried too
     "Word2Vec": ("margin", 1.0),
     "Word CNN": ("margin", 1.0),
@@ -150,8 +146,8 @@ def main() -> None:
     try:
         if of not in TABLES:
             raise DMVAEError(f"--of {of}: there is no such grid; expected one of {', '.join(TABLES)}.")
-        if of == "polymnist" and find_spec("multivae") is None:
-            raise DMVAEError("half of PolyMNIST's rows are of the package multivae; `pip install multivae` brings it.")
+        if of == "polymnist":
+            need_multivae()
         place = setting(**options)
         frame = measure(of, shortened(place, share))
         title = {"table1": "Table 1", "table2": "Table 2", "polymnist": "PolyMNIST"}[of]

@@ -100,11 +100,16 @@ def command_line(description: str | None, **defaults: str | int) -> argparse.Arg
     return parser
 
 
+def need_multivae() -> None:
+    """Raises DMVAEError without the package multivae."""
+    if find_spec("multivae") is None:
+        raise DMVAEError("the package multivae is not installed; `pip install multivae` brings it.")
+
+
 def main() -> None:
     options = command_line(__doc__, profile="quick", seeds=1, device="auto", data="data").parse_args()
     try:
-        if find_spec("multivae") is None:
-            raise DMVAEError("the package multivae is not installed; `pip install multivae` brings it.")
+        need_multivae()
         place = setting(**vars(options))
         rows = {made.title: made for row in OURS.values() for made in (row, theirs(row, place))}
         train_all([Run(row, seed, place) for row in rows.values() for seed in range(place.seeds)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from dmvae_lib.errors import DMVAEError
 
@@ -147,10 +147,8 @@ PAPER = Profile(
     gigabytes=8.0,
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, QUICK, SUBSET, PAPER)}
-STEPS = (
-    *("steps", "anneal_steps", "particle_steps", "incomplete_steps"),
-    *("retrieval_steps", "tuple_steps", "tuple_anneal_steps"),
-)
+JUDGING = ("classifier_steps", "strong_steps")
+STEPS = [field.name for field in fields(Profile) if field.name.endswith("steps") and field.name not in JUDGING]
 
 
 def shortened(profile: Profile, share: float) -> Profile:

@@ -181,6 +181,11 @@ class Difference:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, points: Mapping[int, float]) -> Difference:
+        """Of {seed: difference in points}."""
+        return cls(tuple(points), *interval(list(points.values())))
+
     @property
     def decided(self) -> bool:
         """Whether zero lies outside the interval: the star."""
@@ -211,8 +216,7 @@ def versus(table: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iter
 
 def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     """one - other, over the seeds that both have."""
-    seeds = sorted(one.keys() & other.keys())
-    return Difference(tuple(seeds), *interval([one[seed] - other[seed] for seed in seeds]))
+    return Difference.of({seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())})
 
 
 def _claimed(claim: Claim) -> str:
