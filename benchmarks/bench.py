@@ -393,7 +393,8 @@ def main() -> None:
     results.figure("benchmark_bars", bars(table, where(device)), caption)
     print(f"{caption}\n{table.round(2).to_string()}")
     per_hour = pd.concat(rates, names=["networks"])
-    words = f"Runs of DMVAE in an hour on {where(device)}, of the profile's length, evaluation aside: how tables are filled fastest."
+    lengths = ", ".join(f"{get_profile(name).steps:,} updates of {name}" for name in tables)
+    words = f"Runs of DMVAE in an hour on {where(device)}, {lengths}, evaluation aside: how tables are filled fastest."
     print(f"{words}\n{results.frame('runs_per_hour', per_hour.round(2), words).to_string()}")
 
 
