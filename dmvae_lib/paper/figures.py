@@ -249,10 +249,10 @@ def by_pairs(scores: pd.DataFrame) -> Figure:
     mean, low, high = grouped.mean(), grouped.min(), grouped.max()
     for ax, measure in zip(axes[0], scores):
         for i, row in enumerate(mean.index.unique("row")):
-            x, style = mean.loc[row].index, {"color": f"C{i % 10}", "linestyle": dashes[i // 10 % 4]}
+            x, style = mean.loc[row].index / 1_000, {"color": f"C{i % 10}", "linestyle": dashes[i // 10 % 4]}
             ax.plot(x, mean.loc[row, measure], label=row, **style)
             ax.fill_between(x, low.loc[row, measure], high.loc[row, measure], color=style["color"], alpha=0.15)
-        ax.set(title=measure, xlabel="pairs seen", ylim=(0, 100))
+        ax.set(title=measure, xlabel="thousand pairs seen", ylim=(0, 100))
     axes[0, 0].set_ylabel("percent, validation split")
     axes[0, -1].legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
