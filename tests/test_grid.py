@@ -50,13 +50,17 @@ def test_a_short_run_anneals_for_the_same_share_of_its_updates(tmp_path):
 
 
 def lines(*scores):
-    return pd.DataFrame([{"row": row, "learning_rate": rate, "score": score} for row, rate, score in scores])
+    return pd.DataFrame([{"row": row, "score": score, "own": own} for row, score, own in scores])
 
 
-def test_the_highest_score_of_each_row_is_chosen_and_the_first_of_equals():
+def test_the_highest_score_is_chosen_unless_the_rows_own_is_near_it():
     nothing = float("nan")  # it diverged
-    frame = lines(("a", 1, 50.0), ("b", 1, nothing), ("a", 2, 60.0), ("b", 2, 10.0), ("a", 3, 60.0), ("c", 1, nothing))
-    assert grid.choose(frame)["chosen"].tolist() == [False, False, True, True, False, False]
+    far, near = ("a", 50.0, True), ("b", 60.0 - grid.MARGIN, True)
+    found = grid.choose(lines(far, near, ("b", 60.0, False), ("a", 60.0, False), ("a", 60.0, False)))
+    assert found["highest"].tolist() == [False, False, True, True, False]
+    assert found["chosen"].tolist() == [False, True, False, True, False]  # of equals the first
+    found = grid.choose(lines(("c", nothing, True), ("c", 10.0, False), ("d", nothing, True), ("e", 5.0, True)))
+    assert found["chosen"].tolist() == [False, True, False, True]
 
 
 @pytest.fixture

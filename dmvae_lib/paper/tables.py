@@ -19,7 +19,7 @@ from dmvae_lib.files import atomic_write, check_seal, locked, read_json, remove_
 from dmvae_lib.paper.pages import REPAIR, counted, manifest, write_pages
 from dmvae_lib.paper.published import MEASURES, Claim
 from dmvae_lib.paper.rows.row import Row
-from dmvae_lib.paper.runs import Run, Setting, commit
+from dmvae_lib.paper.runs import Run, Setting, commit, project_folder
 
 OWN_FIGURES = re.compile("fig[45][a-z]?|fig[678]")  # the paper's: as PDFs too, for those who cite them
 Percents = Mapping[str, Mapping[str, float]]  # the paper's: {row: {measure: percent}}
@@ -74,6 +74,27 @@ def table(
     made = compare(values, paper or {})
     made.attrs |= {"measured": measured, "runs": list(used), "seconds": sum(used.values())}
     return made
+
+
+def grid_choice(of: str) -> pd.DataFrame:
+    """What results/subset/grid_<of>.csv, by `benchmarks/grid.py`, says of each row of "table1" or "table2": the score in
+    percent and the values of the cell that the row uses, of the highest one, and of the best that its authors' published
+    values allow."""
+    grid = pd.read_csv(project_folder() / "results" / "subset" / f"grid_{of}.csv").rename(
+        columns={"learning_rate": "rate"}
+    )
+    kinds = {"chosen": "used", "highest": "highest", "authors": "its authors'"}
+    about = ["row", "score", "updates", "seeds", "seconds", "own", *kinds, *MEASURES.values()]
+    lines: dict[str, dict[str, str]] = {title: {} for title in grid["row"]}
+    for kind, column in kinds.items():
+        for title, cells in grid[grid[kind]].groupby("row"):
+            best = cells.sort_values("score").iloc[-1]
+            values = best.drop(about, errors="ignore").dropna().items()
+            written = ", ".join(
+                f"{name} {value if isinstance(value, str) else f'{value:.3g}'}" for name, value in values
+            )
+            lines[title][column] = f"{best['score']:.1f} ({written})"
+    return pd.DataFrame(lines).T.fillna("–")
 
 
 def curves(rows: Mapping[str, Row], setting: Setting) -> pd.DataFrame:
