@@ -50,17 +50,39 @@ def test_a_short_run_anneals_for_the_same_share_of_its_updates(tmp_path):
 
 
 def lines(*scores):
-    return pd.DataFrame([{"row": row, "score": score, "own": own} for row, score, own in scores])
+    return pd.DataFrame([dict(zip(("row", "score", "own", "seeds"), of)) for of in scores])
 
 
 def test_the_highest_score_is_chosen_unless_the_rows_own_is_near_it():
     nothing = float("nan")  # it diverged
-    far, near = ("a", 50.0, True), ("b", 60.0 - grid.MARGIN, True)
-    found = grid.choose(lines(far, near, ("b", 60.0, False), ("a", 60.0, False), ("a", 60.0, False)))
+    far, near = ("a", 50.0, True, 1), ("b", 60.0 - grid.MARGIN, True, 1)
+    found = grid.choose(lines(far, near, ("b", 60.0, False, 1), ("a", 60.0, False, 1), ("a", 60.0, False, 1)))
     assert found["highest"].tolist() == [False, False, True, True, False]
     assert found["chosen"].tolist() == [False, True, False, True, False]  # of equals the first
-    found = grid.choose(lines(("c", nothing, True), ("c", 10.0, False), ("d", nothing, True), ("e", 5.0, True)))
+    found = grid.choose(
+        lines(("c", nothing, True, 0), ("c", 10.0, False, 1), ("d", nothing, True, 0), ("e", 5.0, True, 1))
+    )
     assert found["chosen"].tolist() == [False, True, False, True]
+
+
+def test_where_some_cells_have_more_seeds_these_alone_decide():
+    found = grid.choose(lines(("a", 30.0, False, 1), ("a", 20.0, False, 3), ("a", 10.0, True, 3), ("a", 19.0, True, 1)))
+    assert found["highest"].tolist() == found["chosen"].tolist() == [False, True, False, False]
+
+
+def test_a_cell_that_seems_better_than_the_rows_own_is_measured_again_beside_it(monkeypatch):
+    scores = {("x", 1): 50.0, ("own", 1): 40.0, ("x", 3): 42.0, ("own", 3): 41.0, ("y", 1): 45.0}
+    monkeypatch.setattr(grid, "TABLES", {"table1": {"MVAE": None}})
+    monkeypatch.setattr(grid, "cells", lambda of, title: ["x", "own", "y"])
+    monkeypatch.setattr(
+        grid,
+        "line",
+        lambda of, place, title, cell: (
+            lines((title, scores[cell, place.seeds], cell == "own", place.seeds)).iloc[0].to_dict()
+        ),
+    )
+    found = grid.measure("table1", place_in(Path()))
+    assert found["score"].tolist() == [42.0, 41.0, 45.0] and found["chosen"].tolist() == [False, True, False]
 
 
 @pytest.fixture
@@ -86,7 +108,8 @@ def test_the_grid_is_of_short_runs_on_validation_data_and_an_interrupted_one_goe
     with pytest.raises(KeyboardInterrupt):
         grid.measure("table1", toys)
     found = grid.measure("table1", toys)
-    assert len(begun) == 2 + 4 * 2 + 1 and not toys.results.exists()
+    again = 2 * 2  # two more seeds of each row's highest
+    assert len(begun) == 2 + 4 * 2 + 1 + again and not toys.results.exists()
     assert found["row"].tolist() == ["DMVAE", "DMVAE", "MVAE", "MVAE"] and (found["updates"] == 8).all()
     assert (
         toys.runs / "toys-validation" / "grid-toy-mvae.learning-rate-0.001.lambda-5.0.initialise-pytorch-1"
@@ -94,7 +117,11 @@ def test_the_grid_is_of_short_runs_on_validation_data_and_an_interrupted_one_goe
     measures = ["left->top", "top->left", "Joint"]
     scored = found.dropna(subset="score")
     assert scored["score"].tolist() == pytest.approx(scored[measures].mean(axis=1).tolist(), abs=0.006)
-    assert found["seeds"].isin([0, 2]).all() and found["chosen"].sum() == 2
+    assert (
+        found["seeds"].isin([0, 2, 4]).all()
+        and (found.loc[found["highest"], "seeds"] == 4).all()
+        and found["chosen"].sum() == 2
+    )
     begun.clear()
     pd.testing.assert_frame_equal(grid.measure("table1", toys), found)
     assert set(begun) <= {1e3}  # what diverges is tried again
