@@ -12,17 +12,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
 from dmvae_lib.files import verify
-from dmvae_lib.paper import published
+from dmvae_lib.paper import pretrained, published
+from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import ROWS
 from dmvae_lib.paper.runs import setting
 from dmvae_lib.paper.tables import ledger, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/manifest.json") if "@" not in path.parent.name)
+MODELS = sorted(path.parent for path in (ROOT / "results").glob("*/models/*/config.json"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Names that conda-forge spells differently, by their name on PyPI.
 CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
@@ -106,6 +109,18 @@ assert drawn.shape == (1, 2, 3, 32, 32)
     (outside := tmp_path / "outside").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "installed"], check=True, cwd=outside, env=environment)
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: "/".join(folder.parts[-3:]))
+def test_published_weights_are_a_run_of_the_ledger_as_its_row_is_now(folder):
+    run = pretrained(folder).about["run"]
+    entry = json.loads((folder.parents[1] / "runs" / f"{run['row']}-{run['seed']}.json").read_text())
+    assert run == entry["config"] == ROWS[run["row"]].config(get_profile(entry["profile"]), run["seed"])
+
+
+def test_subsets_weights_load_by_their_name():
+    drawn = pretrained("dmvae-mnist-svhn").cross_generate({"mnist": torch.rand(2, 1, 28, 28)}, target="svhn", n=3)
+    assert drawn.shape == (3, 2, 3, 32, 32)
 
 
 def test_the_lock_names_no_place():
