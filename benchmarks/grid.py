@@ -3,8 +3,8 @@
 `.venv/bin/python benchmarks/grid.py --profile subset --of table2` trains the cells that are not trained here yet, so that
 an interrupted grid goes on, and writes results/<profile>/grid_table2.csv. A cell's `score` is the mean of its measures, and
 over the seeds. One rule for all rows, the paper's own included: a row keeps its own values unless the highest score is
-above theirs by more than `MARGIN`, also with two more seeds. What is chosen is written into dmvae_lib/paper/rows/; tests/test_grid.py holds the two
-together.
+above theirs by more than `MARGIN`, also with two more seeds. What is chosen is written into dmvae_lib/paper/rows/;
+tests/test_grid.py holds the two together.
 """
 
 from __future__ import annotations
