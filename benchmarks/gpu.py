@@ -1,4 +1,4 @@
-"""The plan for a GPU: golden numbers, speed, and DMVAE trained for as many updates as the paper's, five seeds at once.
+"""The plan for a GPU: golden numbers, speed, and DMVAE trained for as many updates as by profile `paper`, five seeds at once.
 
     python benchmarks/gpu.py --data data --out runs/gpu --minutes 25
 
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from golden import GOLDEN, ROWS, numbers  # noqa: E402
 
-UPDATES, BATCH = 168_000, 100  # the paper's: ten epochs of 1.68 million pairs
+UPDATES, BATCH = 168_000, 100  # profile `paper`'s: ten epochs of 1.68 million pairs
 WORKERS = (1, 4, 8, 16)
 TOLERANCE = 1e-6  # of the golden numbers in float64, as on every CPU
 STEPS = 10  # updates of a measurement, fifty times as many of ours (`bench.LONGER`)
@@ -82,7 +82,7 @@ def speed(device: torch.device, profile: Profile, workers: tuple[int, ...], step
 
 
 def long(profile: Profile, steps: int) -> Schedule:
-    """The paper's schedule, in the profile's precision."""
+    """`steps` updates of `BATCH` pairs, in the profile's precision."""
     return replace(updates(profile), steps=steps, batch_size=BATCH, log_every=100)
 
 

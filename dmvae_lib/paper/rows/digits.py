@@ -175,7 +175,7 @@ def cross_entropy(
 
 @torch.no_grad()
 def accuracy(run: Run) -> dict:
-    """The share of the modality's test images whose class a judge predicts, which bounds what it can measure."""
+    """The share of the modality's test images whose class a judge predicts."""
     device = next(run.model.parameters()).device
     items = one_modality(run.setting.splits(run.row.data).test, run.row.options["modality"]).to(device)
     rows = torch.arange(len(items), device=device).split(1_000)
@@ -319,14 +319,14 @@ JUDGES = {name: judge(MNIST_SVHN, name) for name in MNIST_SVHN.modalities}
 
 
 def first_images(splits: Splits, modality: str, first: int, permutations: int) -> PairedData:
-    """The training pairs made with only the first images of one modality, in their order."""
+    """The training pairs made with only the first images of one modality, in their order; pairing takes as many of others."""
     items, labels = dict(splits.train.items), dict(splits.train.item_labels or {})
     items[modality], labels[modality] = items[modality][:first], labels[modality][:first]
     return PairedData.pair(items, labels, permutations)
 
 
 def learning_curve(profile: Profile) -> dict[int, Row]:
-    """DMVAE on the first SVHN training images alone: {so many: its row}, as the profile says."""
+    """DMVAE on the first SVHN training images, and as many of MNIST: {so many: its row}, as the profile says."""
     select = partial(first_images, modality="svhn", permutations=profile.permutations)
     return {
         n: replace(

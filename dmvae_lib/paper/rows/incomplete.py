@@ -24,7 +24,7 @@ def complete_in_part(splits: Splits, share: float, alone: bool = False) -> Paire
     Of each class, the first `share` of the items that the protocol pairs are paired with one another. The others are
     paired too, and of each such pair one modality, at random, is kept; or none, with `alone`. So `share` of the
     observations are complete, and no item is in both kinds. (Masks put on the protocol's own pairs would hide little:
-    an item is in 30 of them, so that at 5 % nearly every item would still have a partner.)
+    an item is in 30 of them, so that at 5 % four items in five, 1 - 0.95^30, would still have a partner.)
     """
     pairs = splits.train
     if pairs.item_labels is None:
