@@ -213,6 +213,17 @@ def test_committed_results_are_the_files_their_manifest_lists(folder):
     ledger(setting(folder.name))  # whose seals hold
 
 
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_rows_of_a_data_set_were_seen_by_the_same_judges(folder):
+    seen: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for (row, seed), entry in ledger(setting(folder.name)).items():
+        for modality, judge in entry.get("judges", {}).items():
+            by = seen.setdefault((entry["config"]["data"], modality), {})
+            by.setdefault(judge["sha256"], []).append(f"{row}-{seed}")
+    several = {what: by for what, by in seen.items() if len(by) > 1}
+    assert not several, f"train these anew beside one judge: {several}"
+
+
 @pytest.mark.parametrize("folder", [f for f in RESULTS if (f / "runs").exists()], ids=lambda folder: folder.name)
 def test_committed_ledgers_have_rows_as_they_are_now(folder):
     """All of quick's; a larger profile's may be under way."""
