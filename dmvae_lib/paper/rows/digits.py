@@ -267,7 +267,7 @@ DMVAE_ROW = Row(
     options={"shared_dim": 10, "private_dims": {"mnist": 1, "svhn": 4}, "initialise": "release"},
     from_profile=("width",),
 )
-# The baselines have one latent space of MMVAE's size. What else they have, the grid of Table 1 chose (benchmarks/grid.py):
+# The baselines have one latent space of MMVAE's size. Table 1's grid (benchmarks/grid.py, of MVAE and DMVAE so far) chose that
 # MVAE weighs the data set's modalities as DMVAE does, and starts as its authors' from PyTorch's own initialisation.
 MVAE_ROW = replace(
     DMVAE_ROW,
