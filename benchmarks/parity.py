@@ -99,12 +99,12 @@ def main() -> None:
     except DMVAEError as error:
         sys.exit(f"\n{error}")
     table = compare(pd.DataFrame.from_dict(found, orient="index"))
-    caption = f"Training in bfloat16 against float32 on {where(resolve_device(options.device))}, validation split, "
-    caption += f"{UPDATES:,} updates of {place.profile.batch_size}, {counted(table['seeds'])}, percent. "
-    caption += (
+    caption = (
+        f"Training in bfloat16 against float32 on {where(resolve_device(options.device))}, validation split, "
+        f"{UPDATES:,} updates of {place.profile.batch_size}, {counted(table['seeds'])}, percent. "
         "Difference: bfloat16 less float32, paired by seed, with its 95 % interval; agrees: its mean is no more than "
+        "float32's seeds differ by, largest less smallest."
     )
-    caption += "float32's seeds differ by, largest less smallest."
     shown = Results(place, "benchmarks/parity.py").frame("parity", table.round(2), caption, low)
     print(f"{caption}\n{shown.to_string()}")
 
