@@ -113,10 +113,13 @@ def test_the_readme_names_the_best_competitors_and_each_claim_that_is_not_confir
     claims = {"A above B": "refuted", "A above C": "confirmed", "A above D": "confirmed", "A above E": "not decided"}
     frame = pd.DataFrame({"claim": claims.keys(), "in": ["Table 2"] * 4, "verdict": claims.values()}).set_index("claim")
     frame.loc["what a figure shows"] = ["Fig. 6", "confirmed"]
+    frame.loc["what it would show everywhere"] = ["beyond Fig. 6", "refuted"]
     Results(place, "n").frame("table2_claims", frame, "Claims.")
     said = "- **3 confirmed**: A above C; A above D; what a figure shows.\n- **1 refuted**: A above B.\n"
-    assert said + "- **1 not decided**: A above E.\n" in readme.read_text()
-    assert "**The paper's claims**: on drawn stand-ins 3 confirmed, 1 refuted, 1 not decided. " in readme.read_text()
+    said += "- **1 not decided**: A above E.\n- **1 refuted (beyond the paper)**: what it would show"
+    assert said in readme.read_text()
+    said = "3 confirmed, 1 refuted, 1 not decided, 1 refuted (beyond the paper). "
+    assert f"**The paper's claims**: on drawn stand-ins {said}" in readme.read_text()
     Results(place, "n").frame("table2_claims", frame.rename(columns={"verdict": "here"}), "Claims.")
     assert "confirmed" not in readme.read_text()
 

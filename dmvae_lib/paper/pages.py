@@ -161,10 +161,11 @@ def _small(frame: pd.DataFrame) -> str:
 
 
 def _verdicts(claims: Sequence[pd.DataFrame]) -> dict[str, list[str]]:
-    """{verdict: the claims by name}, the confirmed ones first."""
-    every = pd.concat([of for of in claims if "verdict" in of] or [pd.DataFrame(columns=["claim", "verdict"])])
-    named = every.groupby("verdict", sort=False)["claim"].agg(list)
-    return dict(sorted(named.items(), key=lambda item: not item[0].startswith("confirmed")))
+    """{verdict: the claims by name}, the confirmed ones first, those that go beyond the paper's apart and last."""
+    every = pd.concat([of for of in claims if "verdict" in of] or [pd.DataFrame(columns=["claim", "in", "verdict"])])
+    beyond = every["in"].str.startswith("beyond").map({True: " (beyond the paper)", False: ""})
+    named = every["claim"].groupby(every["verdict"] + beyond, sort=False).agg(list)
+    return dict(sorted(named.items(), key=lambda item: ("beyond" in item[0], not item[0].startswith("confirmed"))))
 
 
 # --- results/README.md ------------------------------------------------------------------------------------------------
