@@ -54,6 +54,13 @@ def modalities(
     return {name: Modality(*of, private_dims[name], weights[name], likelihood) for name, of in networks.items()}
 
 
+SCALE = 0.75  # of Laplace likelihoods (Shi et al. 2019), which MoPoE, MVTCAE and MMVAE+ took over
+LIKELIHOODS: dict[str, tuple[str, Any]] = {  # {its name: the networks that go with it, and it}
+    "bernoulli": ("dmvae", "bernoulli"),
+    "laplace": ("mmvae", laplace(SCALE)._replace(unit=True)),
+}
+
+
 def dmvae(
     data: DataSet,
     splits: Splits,
@@ -64,15 +71,16 @@ def dmvae(
     width: float,
     initialise: str,
     without: Sequence[str] = (),
+    likelihood: str = "bernoulli",
 ) -> DMVAE:
     """Eq. 3, `without` some of its terms."""
-    of = modalities(data, "dmvae", "bernoulli", shared_dim, private_dims, weights, width, initialise)
+    of = modalities(data, *LIKELIHOODS[likelihood], shared_dim, private_dims, weights, width, initialise)
     return DMVAE(of, shared_dim, without)
 
 
-def _shared(data: DataSet, shared_dim: int, *rest: Any, family: str = "dmvae", likelihood: Any = "bernoulli"):
+def _shared(data: DataSet, shared_dim: int, *rest: Any, likelihood: str = "bernoulli") -> dict[str, Modality]:
     """The modalities of a model with one code for all and no private ones."""
-    return modalities(data, family, likelihood, shared_dim, dict.fromkeys(data.modalities, 0), *rest)
+    return modalities(data, *LIKELIHOODS[likelihood], shared_dim, dict.fromkeys(data.modalities, 0), *rest)
 
 
 def mvae(
@@ -84,17 +92,26 @@ def mvae(
     width: float,
     initialise: str,
     random_subsets: int = 0,
+    likelihood: str = "bernoulli",
 ) -> MVAE:
     """Wu & Goodman 2018: a product of experts; the bounds of all modalities, of each alone and of random subsets."""
-    return MVAE(_shared(data, shared_dim, weights, width, initialise), shared_dim, random_subsets)
+    of = _shared(data, shared_dim, weights, width, initialise, likelihood=likelihood)
+    return MVAE(of, shared_dim, random_subsets)
 
 
 def mmvae(
-    data: DataSet, splits: Splits, *, shared_dim: int, weights: Weights, width: float, initialise: str, particles: int
+    data: DataSet,
+    splits: Splits,
+    *,
+    shared_dim: int,
+    weights: Weights,
+    width: float,
+    initialise: str,
+    particles: int,
+    likelihood: str = "laplace",
 ) -> MMVAE:
-    """Shi et al. 2019: a mixture of Laplace experts, networks of its own, Laplace likelihoods of scale 0.75."""
-    options: dict[str, Any] = {"family": "mmvae", "likelihood": laplace(0.75)._replace(unit=True)}
-    return MMVAE(_shared(data, shared_dim, weights, width, initialise, **options), shared_dim, particles)
+    """Shi et al. 2019: a mixture of Laplace experts; its authors' likelihood, unless given, with networks of its own."""
+    return MMVAE(_shared(data, shared_dim, weights, width, initialise, likelihood=likelihood), shared_dim, particles)
 
 
 def _joint_encoder(data: DataSet, *sizes: Any) -> nn.Module:

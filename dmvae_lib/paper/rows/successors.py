@@ -23,7 +23,6 @@ from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.polymnist import MVAE_ROW, annealed, tuples, with_missing
 from dmvae_lib.paper.rows.row import Row
 
-SCALE = 0.75  # of all Laplace likelihoods (Shi et al. 2019), which MoPoE, MVTCAE and MMVAE+ took over
 MIXTURES = ("MMVAE", "MMVAEPlus")  # whose shared code is drawn from one of the given modalities' posteriors
 
 
@@ -38,7 +37,7 @@ class Successor(nn.Module):
     `sample`, `log_likelihood`, as `dmvae_lib.models.MultimodalVAE` has them.
 
     kind: the class in `multivae.models`, made with its <kind>Config of `settings`; networks: {name: (encoder, decoder)}
-    of this library; logits: whether decoders return logits ("bernoulli") or means ("laplace").
+    of this library; likelihood: "bernoulli", whose decoders return logits, or "laplace", means.
     """
 
     def __init__(
@@ -49,18 +48,18 @@ class Successor(nn.Module):
         shared_dim: int,
         private_dim: int,
         weights: Mapping[str, float],
-        logits: bool,
+        likelihood: str,
         settings: Mapping[str, Any],
     ):
         super().__init__()
-        self.kind, self.names, self.logits = kind, tuple(networks), logits
+        self.kind, self.names, self.logits = kind, tuple(networks), likelihood == "bernoulli"
         self.shared_dim, self.private_dim = shared_dim, private_dim
         self.about: dict[str, Any] = {}
         models = _multivae()
         how = {"n_modalities": len(networks), "latent_dim": shared_dim, "input_dims": dict(shapes)}
         how |= {"uses_likelihood_rescaling": True, "rescale_factors": dict(weights)} | dict(settings)
-        how["decoders_dist"] = dict.fromkeys(networks, "bernoulli" if logits else "laplace")
-        how["decoder_dist_params"] = {} if logits else {name: {"scale": SCALE} for name in networks}
+        how["decoders_dist"] = dict.fromkeys(networks, likelihood)
+        how["decoder_dist_params"] = {} if self.logits else {name: {"scale": digits.SCALE} for name in networks}
         if private_dim:
             how["modalities_specific_dim"] = private_dim
         self.inner = getattr(models, kind)(
@@ -68,7 +67,7 @@ class Successor(nn.Module):
             {name: encoder_of(encoder, shared_dim, private_dim) for name, (encoder, _) in networks.items()},
             {name: decoder_of(decoder, shared_dim, private_dim) for name, (_, decoder) in networks.items()},
         )
-        if logits:  # its own refuses grey levels
+        if self.logits:  # its own refuses grey levels
             self.inner.recon_log_probs = dict.fromkeys(networks, bernoulli().log_prob)
 
     def loss(self, batch: Batch, observed: Observed | None = None, beta: float = 1.0) -> Terms:
@@ -204,27 +203,26 @@ def successor(
     width: float,
     initialise: str,
     private_dim: int = 0,
-    logits: bool = False,
+    likelihood: str = "laplace",
     settings: Mapping[str, Any],
 ) -> Successor:
     """`Successor` for a data set. Raises DMVAEError without the package multivae."""
-    family = "dmvae" if logits else "mmvae"
     private_dims = dict.fromkeys(data.modalities, private_dim)
-    of = digits.modalities(data, family, "bernoulli", shared_dim, private_dims, weights, width, initialise)
+    of = digits.modalities(data, *digits.LIKELIHOODS[likelihood], shared_dim, private_dims, weights, width, initialise)
     shapes = {name: tuple(items.shape[1:]) for name, items in splits.train.items.items()}
     networks = {name: (modality.encoder, modality.decoder) for name, modality in of.items()}
-    return Successor(kind, networks, shapes, shared_dim, private_dim, weights, logits, settings)
+    return Successor(kind, networks, shapes, shared_dim, private_dim, weights, likelihood, settings)
 
 
 def _row(kind: str, title: str, **options: Any) -> Row:
-    """Of PolyMNIST: their authors' likelihood, Laplace, and their settings; one code of 64 dimensions."""
+    """Of PolyMNIST: their authors' settings; one code of 64 dimensions."""
     return replace(
         MVAE_ROW,
         name=f"polymnist-multivae-{kind.lower()}",
         title=title,
         build=successor,
         schedule=annealed if kind == "MVAE" else tuples,
-        options={"kind": kind, "shared_dim": 64, "initialise": "pytorch", **options},
+        options={"kind": kind, "shared_dim": 64, "initialise": "pytorch", "likelihood": "laplace", **options},
     )
 
 
@@ -235,7 +233,7 @@ SUCCESSORS = {
         _row("MoPoE", "MoPoE", settings={"beta": 2.5}),
         _row("MVTCAE", "MVTCAE", settings={"beta": 2.5, "alpha": 5 / 6}),
         _row("MMVAEPlus", "MMVAE+", shared_dim=32, private_dim=32, settings={"K": 1, "beta": 2.5}),
-        _row("MVAE", "MVAE, MultiVae", logits=True, settings={"k": 1, "warmup": 0}),
+        _row("MVAE", "MVAE, MultiVae", likelihood="bernoulli", settings={"k": 1, "warmup": 0}),
         _row("MMVAE", "MMVAE, MultiVae", settings={"K": 1}),
     )
 }
