@@ -259,6 +259,8 @@ def test_a_run_leaves_every_measure_of_the_field(place, small):
     pairs = place.splits(poly.POLYMNIST).test
     assert torch.equal(first(pairs, 7).batch(torch.arange(7))["grain"], pairs.batch(torch.arange(7))["grain"])
     assert len(first(pairs, 10**6)) == len(pairs)
+    chosen_by = Run(POLYMNIST_ROWS["MVAE"], 0, replace(place, evaluation="validation")).entry
+    assert chosen_by["scores"].keys() == shared["scores"].keys() and "probes" not in chosen_by
 
 
 # --- CdSprites+ -----------------------------------------------------------------------------------------------------
@@ -366,12 +368,31 @@ def test_their_mvae_computes_our_objective():
 
 def test_their_mmvae_plus_counts_all_modalities_in_its_likelihood():
     pytest.importorskip("multivae.models")
-    model, data = tiny(SUCCESSORS["MMVAE+"])
+    row = SUCCESSORS["MMVAE+"]
+    model, data = tiny(replace(row, options={**row.options, "likelihood": "laplace"}))
     batch = data.batch(torch.arange(1))
     whole = model.log_likelihood(batch, 100, torch.Generator().manual_seed(0)).item()
     # untrained, every modality costs about the same: four fifths if one were left out
     one = -(3 * 28 * 28) * (np.log(2 * 0.75) + 0.25 / 0.75)
     assert whole == pytest.approx(5 * one, rel=0.05)
+
+
+@pytest.mark.parametrize("title", ["DMVAE", "MVAE", "MMVAE", "MoPoE", "MMVAE+"])
+def test_a_likelihood_is_of_the_models_decoders(title):
+    """Untrained, with zero weights in the last layer, a decoder draws grey; each likelihood says so in its own nats."""
+    if title in SUCCESSORS:
+        pytest.importorskip("multivae.models")
+    row, white = (POLYMNIST_ROWS | SUCCESSORS)[title], dict.fromkeys(NAMES, torch.ones(2, 3, 28, 28))
+    for likelihood, grey in (("bernoulli", np.log(0.5)), ("laplace", -np.log(2 * 0.75) - 0.5 / 0.75)):
+        model, _ = tiny(replace(row, options={**row.options, "likelihood": likelihood}))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "decoder" in name:
+                    value.zero_()
+        drawn = model.cross_generate({"grain": white["grain"]}, "edges", generator=torch.Generator().manual_seed(0))
+        assert drawn.unique().tolist() == [0.5]
+        found = model.log_likelihood(white, samples=5, generator=torch.Generator().manual_seed(0))
+        assert found.tolist() == pytest.approx([5 * 3 * 28 * 28 * grey] * 2, rel=0.01)
 
 
 def test_without_the_package_a_row_says_what_is_missing(monkeypatch):
