@@ -284,8 +284,8 @@ DMVAE_ROW = Row(
     options={"shared_dim": 10, "private_dims": {"mnist": 1, "svhn": 4}, "initialise": "release"},
     from_profile=("width",),
 )
-# The baselines have one latent space of MMVAE's size. Table 1's grid (benchmarks/grid.py, of MVAE and DMVAE so far) chose that
-# MVAE weighs the data set's modalities as DMVAE does, and starts as its authors' from PyTorch's own initialisation.
+# The baselines have one latent space of MMVAE's size. Table 1's grid (benchmarks/grid.py) chose that MVAE weighs the data set's
+# modalities as DMVAE does, and starts as its authors' from PyTorch's own initialisation.
 MVAE_ROW = replace(
     DMVAE_ROW,
     name="mvae",
@@ -294,8 +294,8 @@ MVAE_ROW = replace(
     schedule=annealed,
     options={"shared_dim": 20, "initialise": "pytorch"},
 )
-# The others weigh MNIST by the ratio of pixels, as MMVAE's authors do, and start by Kaiming's rule, from which MMVAE did better
-# on validation data of `subset`, early on, than from PyTorch's, its authors'.
+# MMVAE weighs MNIST by the ratio of pixels, as its authors do, and starts by Kaiming's rule: by the same grid. The related models
+# have what it has.
 BASELINE = {"shared_dim": 20, "weights": {"mnist": 3072 / 784, "svhn": 1.0}, "initialise": "kaiming"}
 
 
