@@ -90,9 +90,7 @@ def grid_choice(of: str) -> pd.DataFrame:
         for title, cells in grid[grid[kind]].groupby("row"):
             best = cells.sort_values("score").iloc[-1]
             values = best.drop(about, errors="ignore").dropna().items()
-            written = ", ".join(
-                f"{name} {value if isinstance(value, str) else f'{value:.3g}'}" for name, value in values
-            )
+            written = ", ".join(value if isinstance(value, str) else f"{name} {value:.3g}" for name, value in values)
             lines[title][column] = f"{best['score']:.1f} ({written})"
     return pd.DataFrame(lines).T.fillna("–")
 
