@@ -21,7 +21,7 @@ from dmvae_lib.paper import pretrained, runs
 from dmvae_lib.paper.profiles import get_profile
 from dmvae_lib.paper.rows import TABLE1
 from dmvae_lib.paper.rows.row import train_pairs
-from dmvae_lib.paper.runs import Run, setting
+from dmvae_lib.paper.runs import Run, setting, train_rows
 from dmvae_lib.paper.workers import train_all
 from dmvae_lib.training import model_objective
 
@@ -95,7 +95,16 @@ def test_scores_come_from_the_ledger_without_weights_or_data(place, tmp_path, mo
     begun = time.perf_counter()
     found = Run(ROW, 0, elsewhere).scores
     assert time.perf_counter() - begun < 0.1 and set(found) == {"left->top", "top->left", "joint"}
+    assert [run.scores for run in train_rows([ROW], elsewhere)] == [found]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_a_table_are_trained_where_the_ledger_lacks_them(tmp_path):
+    place = place_in(tmp_path, steps=2)
+    first = Run(ROW, 0, place).train().entry
+    found = train_rows([ROW, MVAE_ROW], replace(place, seeds=2))
+    assert [(run.row, run.seed) for run in found] == [(row, seed) for row in (ROW, MVAE_ROW) for seed in (0, 1)]
+    assert all(run.entry_path.exists() for run in found) and found[0].entry == first
 
 
 def test_a_model_that_is_not_here_is_trained_and_its_entry_replaces_the_ledgers(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -305,6 +306,12 @@ def _curve(history: pd.DataFrame, scores: dict[str, float], most: int = 25) -> d
     return {"updates": shown.index.tolist()} | {
         name: [float(f"{value:.6g}") for value in values] for name, values in shown.items()
     }
+
+
+def train_rows(rows: Iterable[Row], setting: Setting) -> list[Run]:
+    """The runs of the rows, of all seeds of the setting; those whose entry the ledger lacks are trained here."""
+    runs = [Run(row, seed, setting) for row in rows for seed in range(setting.seeds)]
+    return [run if run.recorded() else run.train() for run in runs]
 
 
 # --- where an entry was made ------------------------------------------------------------------------------------------
