@@ -344,7 +344,7 @@ def test_multivaes_models_are_trained_and_measured_as_ours_are(row):
     assert posterior.private["grain"].mean.shape == (6, row.options.get("private_dim", 0))
     few = {name: x[:2] for name, x in batch.items()}
     few_samples, many = (model.log_likelihood(few, n, draw.manual_seed(0)) for n in (5, 200))
-    assert many.shape == (2,) and (many > few_samples - 1).all()
+    assert many.shape == (2,) and (many > few_samples - 5).all()
 
 
 def test_their_mvae_computes_our_objective():

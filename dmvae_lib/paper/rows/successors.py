@@ -20,7 +20,7 @@ from dmvae_lib.models import Posterior, Terms
 from dmvae_lib.models.base import Batch, Observed
 from dmvae_lib.paper.data import DataSet, Splits
 from dmvae_lib.paper.rows import digits
-from dmvae_lib.paper.rows.polymnist import MVAE_ROW, annealed, tuples, with_missing
+from dmvae_lib.paper.rows.polymnist import HOW, MVAE_ROW, annealed, tuples, with_missing
 from dmvae_lib.paper.rows.row import Row
 
 MIXTURES = ("MMVAE", "MMVAEPlus")  # whose shared code is drawn from one of the given modalities' posteriors
@@ -222,7 +222,7 @@ def _row(kind: str, title: str, **options: Any) -> Row:
         title=title,
         build=successor,
         schedule=annealed if kind == "MVAE" else tuples,
-        options={"kind": kind, "shared_dim": 64, "initialise": "pytorch", "likelihood": "laplace", **options},
+        options={"kind": kind, "shared_dim": 64, **HOW, **options},
     )
 
 
@@ -233,7 +233,7 @@ SUCCESSORS = {
         _row("MoPoE", "MoPoE", settings={"beta": 2.5}),
         _row("MVTCAE", "MVTCAE", settings={"beta": 2.5, "alpha": 5 / 6}),
         _row("MMVAEPlus", "MMVAE+", shared_dim=32, private_dim=32, settings={"K": 1, "beta": 2.5}),
-        _row("MVAE", "MVAE, MultiVae", likelihood="bernoulli", settings={"k": 1, "warmup": 0}),
+        _row("MVAE", "MVAE, MultiVae", settings={"k": 1, "warmup": 0}),
         _row("MMVAE", "MMVAE, MultiVae", settings={"K": 1}),
     )
 }
