@@ -6,16 +6,9 @@ from dataclasses import replace
 
 from dmvae_lib.metrics import coherence
 from dmvae_lib.paper.data.cdsprites import CDSPRITES
-from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.polymnist import judging, tuples
 from dmvae_lib.paper.runs import Run
-from dmvae_lib.training import Schedule
-
-
-def sprites(profile: Profile) -> Schedule:
-    """Twice PolyMNIST's updates, for two modalities in place of five."""
-    return replace(tuples(profile), steps=2 * profile.tuple_steps)
 
 
 JUDGES = {level: digits.judge(data, "image", judging) for level, data in CDSPRITES.items()}
@@ -43,7 +36,7 @@ def _rows(level: int) -> dict:
         name=f"cdsprites{level}-dmvae",
         title=f"DMVAE by Eq. 3, level {level}",
         data=CDSPRITES[level],
-        schedule=sprites,
+        schedule=tuples,
         evaluate=judged,
         options=OPTIONS,
     )
