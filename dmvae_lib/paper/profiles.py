@@ -22,8 +22,9 @@ class Profile:
         the updates; complete: shares of complete observations to train on, beside all, for
         incomplete_steps updates (notebook 13).
     retrieval_steps, retrieval_hidden: updates of every row of Table 2, units of its hidden layers.
-    tuple_steps, tuple_batch: updates of every model of the field's benchmarks, and tuples in each; tuple_anneal_steps: over
-        which MVAE's KLs rise there; tuple_items: test tuples that they are measured on.
+    tuple_steps, sprite_steps, tuple_batch: updates of every model of the field's benchmarks, PolyMNIST and CdSprites+, and
+        tuples in each; tuple_anneal_steps: over which MVAE's KLs rise there; tuple_items: test tuples that they are measured
+        on.
     validate_every: updates between scores on the validation split, the curve in a run's entry, of a data set that leaves
         it out of training; 0: no curve.
     permutations: how often every item is paired; writes_results: whether the runs' entries and what is made of them go
@@ -45,6 +46,7 @@ class Profile:
     retrieval_steps: int
     retrieval_hidden: int
     tuple_steps: int
+    sprite_steps: int
     tuple_anneal_steps: int
     tuple_batch: int
     tuple_items: int
@@ -77,6 +79,7 @@ QUICK = Profile(  # its budget was chosen by the clock: all of the digits' rows 
     retrieval_hidden=128,
     complete=(0.05,),
     tuple_steps=150,
+    sprite_steps=1_000,
     tuple_anneal_steps=75,
     tuple_batch=20,
     tuple_items=100,
@@ -91,6 +94,7 @@ SMOKE = replace(
     classifier_steps=20,
     retrieval_steps=2,
     tuple_steps=2,
+    sprite_steps=2,
     tuple_anneal_steps=1,
     tuple_items=20,
     permutations=2,
@@ -115,6 +119,7 @@ SUBSET = Profile(
     retrieval_hidden=256,
     validate_every=1_200,
     tuple_steps=6_000,
+    sprite_steps=6_000,
     tuple_anneal_steps=3_000,
     tuple_batch=50,
     tuple_items=2_000,
@@ -141,6 +146,7 @@ PAPER = Profile(
     retrieval_steps=20_000,
     retrieval_hidden=512,
     tuple_steps=70_200,  # 300 epochs of 60,000 tuples (Sutter et al. 2021)
+    sprite_steps=70_200,
     tuple_anneal_steps=35_100,
     tuple_batch=256,
     tuple_items=2_000,

@@ -6,9 +6,16 @@ from dataclasses import replace
 
 from dmvae_lib.metrics import coherence
 from dmvae_lib.paper.data.cdsprites import CDSPRITES
+from dmvae_lib.paper.profiles import Profile
 from dmvae_lib.paper.rows import digits
 from dmvae_lib.paper.rows.polymnist import judging, tuples
 from dmvae_lib.paper.runs import Run
+from dmvae_lib.training import Schedule
+
+
+def sprites(profile: Profile) -> Schedule:
+    """As PolyMNIST's rows, by updates of its own."""
+    return replace(tuples(profile), steps=profile.sprite_steps)
 
 
 JUDGES = {level: digits.judge(data, "image", judging) for level, data in CDSPRITES.items()}
@@ -36,7 +43,7 @@ def _rows(level: int) -> dict:
         name=f"cdsprites{level}-dmvae",
         title=f"DMVAE by Eq. 3, level {level}",
         data=CDSPRITES[level],
-        schedule=tuples,
+        schedule=sprites,
         evaluate=judged,
         options=OPTIONS,
     )
