@@ -343,8 +343,9 @@ def test_multivaes_models_are_trained_and_measured_as_ours_are(row):
     assert posterior.joint.mean.shape == posterior.shared["grain"].mean.shape == (6, row.options["shared_dim"])
     assert posterior.private["grain"].mean.shape == (6, row.options.get("private_dim", 0))
     few = {name: x[:2] for name, x in batch.items()}
-    few_samples, many = (model.log_likelihood(few, n, draw.manual_seed(0)) for n in (5, 200))
-    assert many.shape == (2,) and (many > few_samples - 5).all()
+    of_five = torch.stack([model.log_likelihood(few, 5, draw.manual_seed(seed)) for seed in range(20)])
+    many = model.log_likelihood(few, 200, draw.manual_seed(0))
+    assert many.shape == (2,) and (many > of_five.mean(0) - 1).all()  # a bound that rises with the samples
 
 
 def test_their_mvae_computes_our_objective():
@@ -379,7 +380,7 @@ def test_their_mmvae_plus_counts_all_modalities_in_its_likelihood():
 
 @pytest.mark.parametrize("title", ["DMVAE", "MVAE", "MMVAE", "MoPoE", "MMVAE+"])
 def test_a_likelihood_is_of_the_models_decoders(title):
-    """Untrained, with zero weights in the last layer, a decoder draws grey; each likelihood says so in its own nats."""
+    """A decoder whose weights are all zero draws grey; each likelihood says so in its own nats."""
     if title in SUCCESSORS:
         pytest.importorskip("multivae.models")
     row, white = (POLYMNIST_ROWS | SUCCESSORS)[title], dict.fromkeys(NAMES, torch.ones(2, 3, 28, 28))

@@ -311,7 +311,9 @@ def _curve(history: pd.DataFrame, scores: dict[str, float], most: int = 25) -> d
 def train_rows(rows: Iterable[Row], setting: Setting) -> list[Run]:
     """The runs of the rows, of all seeds of the setting; those whose entry the ledger lacks are trained here."""
     runs = [Run(row, seed, setting) for row in rows for seed in range(setting.seeds)]
-    return [run if run.recorded() else run.train() for run in runs]
+    for run in runs:
+        _ = run.entry
+    return runs
 
 
 # --- where an entry was made ------------------------------------------------------------------------------------------
